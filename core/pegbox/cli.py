@@ -1,0 +1,163 @@
+"""The command line. Each command imports what it needs when it is used, so that help is instant.
+
+Commands of plugins are entry points in the group `pegbox.commands` (a function with typer annotations): help lists them by
+name from metadata, and imports one only when it is called. Exit codes: 0 done, 1 the run failed, 2 the input is wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+
+class Commands(TyperGroup):
+    """The core's commands, and after them those of installed plugins."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        from importlib.metadata import entry_points
+
+        super().format_commands(ctx, formatter)
+        rows = [(entry.name, f"from {entry.value.split('.')[0]}") for entry in entry_points(group="pegbox.commands")]
+        if rows:
+            with formatter.section("Commands of plugins"):
+                formatter.write_dl(sorted(rows))
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return super().get_command(ctx, cmd_name) or self._of_plugin(cmd_name)
+
+    def _of_plugin(self, name: str) -> Any:
+        from importlib.metadata import entry_points
+
+        for entry in entry_points(group="pegbox.commands", name=name):
+            plugin_app = typer.Typer(add_completion=False, rich_markup_mode=None)
+            plugin_app.command(name)(entry.load())
+            return typer.main.get_command(plugin_app)
+        return None
+
+
+PLAIN: dict[str, Any] = {"rich_markup_mode": None, "add_completion": False, "pretty_exceptions_enable": False}
+app = typer.Typer(cls=Commands, no_args_is_help=True, help="Fine-tune language models with plugins.", **PLAIN)
+plugins_app = typer.Typer(invoke_without_command=True, help="List installed plugins, or make a new one.", **PLAIN)
+app.add_typer(plugins_app, name="plugins")
+
+ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or recipe://NAME.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example: lora.r=8")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def run(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes to start on this machine, with torchrun.")] = 1,
+) -> None:
+    """Fine-tune a model as a config says."""
+    from pegbox.folder import claim
+    from pegbox.plan import compose, require_training
+
+    ctx = compose(config, overrides or [])
+    require_training(ctx.kernel)
+    claim(ctx.folder, ctx.config.run.resume)
+    if processes > 1:
+        raise typer.Exit(_torchrun(processes, [config, *(overrides or [])]))
+    from pegbox.render import log_to_terminal, show_short
+    from pegbox.run import execute
+
+    log_to_terminal(_rank())
+    if _rank() == 0:
+        show_short(ctx)
+    outcome = execute(ctx)
+    if outcome.reason == "interrupted":
+        where = f"checkpoint: {outcome.checkpoint.path}" if outcome.checkpoint else "no checkpoint was written"
+        typer.echo(f"Interrupted after step {outcome.step}; {where}. Go on with resume=auto.", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    json: Json = False,
+    quiet: Annotated[bool, typer.Option(help="Only check; print nothing.")] = False,
+    model: Annotated[bool, typer.Option("--model", help="Build the model without weights; list every patch.")] = False,
+) -> None:
+    """Say who does what in a run, in which order and why, before it starts."""
+    from pegbox.plan import compose, plan_model
+
+    ctx = compose(config, overrides or [])
+    made = plan_model(ctx) if model else ctx.plan
+    if not quiet:
+        from pegbox.render import show
+
+        show(made, as_json=json)
+
+
+@app.command()
+def schema(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[PLUGIN]...", help="Default: all.")] = None,
+) -> None:
+    """Print the JSON schema of configs with these plugins, for editors."""
+    from pegbox.render import show_schema
+
+    show_schema(names)
+
+
+@plugins_app.callback()
+def plugins(ctx: typer.Context, json: Json = False) -> None:
+    """List installed plugins, or make a new one."""
+    if ctx.invoked_subcommand is None:
+        from pegbox.render import show_plugins
+
+        show_plugins(as_json=json)
+
+
+@plugins_app.command()
+def new(
+    name: Annotated[str, typer.Argument(help="Name of the plugin, its key in configs: my-reward")],
+    hook: Annotated[str, typer.Option(help="The hook it implements: score_rollouts")],
+    folder: Annotated[str, typer.Option(help="Where to make the package.")] = ".",
+) -> None:
+    """Make a plugin package that installs and passes the conformance kit."""
+    from pegbox.scaffold import make_plugin
+
+    typer.echo(make_plugin(name, hook, folder))
+
+
+@app.command()
+def version() -> None:
+    """Print the version of the core."""
+    from pegbox import __version__
+
+    typer.echo(f"pegbox-core {__version__}")
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _torchrun(processes: int, arguments: list[str]) -> int:
+    import subprocess
+
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.call([*launcher, "-m", "pegbox", "run", *arguments]) and 1
+
+
+def main() -> None:
+    """The console script: errors that Pegbox raises on purpose are printed without a trace."""
+    try:
+        app()
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if code is None or not hasattr(error, "what"):
+            raise
+        prefix = f"[rank {_rank()}] " if _rank() else ""
+        notes = "".join(f"\n({note})" for note in getattr(error, "__notes__", ()))
+        typer.echo(f"{prefix}{typer.style('error:', fg='red', bold=True)} {error}{notes}", err=True)
+        sys.exit(code)
+    except KeyboardInterrupt:
+        typer.echo("\nInterrupted.", err=True)
+        sys.exit(1)

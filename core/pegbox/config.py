@@ -1,0 +1,191 @@
+"""The resolved config: the core's own keys, one section per active plugin, and the origin of every key.
+
+Mistakes teach: each error says what is wrong and where (file and line), names what was probably meant, and says what to type.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from pegbox.errors import PegboxError, did_you_mean, fail
+from pegbox.section import Section, setting
+from pegbox.source import KeyPath, Layer, Origin, dotted, leaves
+
+if TYPE_CHECKING:
+    from pegbox.discovery import Installed
+
+S = TypeVar("S", bound=Section)
+Weight = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class ModelSection(Section):
+    """Which model the run starts from."""
+
+    name: str = setting(..., "Local folder, hub name, or what else the owner of load_model understands.", min_length=1)
+    revision: str | None = setting(None, "Branch, tag or commit of a hub repository.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "Data type of the frozen weights.")
+    format: str = setting("transformers", "Which format to load; its owner is the plugin that declares it.")
+
+
+class RunSection(Section):
+    """The keys of the core; every other key of a config is the name of a plugin."""
+
+    model: ModelSection
+    plugins: tuple[str, ...] = setting((), "Active plugins, by name or as ./file.py; their order is the call order.")
+    output: str = setting("runs/default", "Folder of the run; relative to the current folder.", min_length=1)
+    seed: int = setting(0, "Seed of all randomness of the run.", ge=0)
+    resume: str | None = setting(None, "`auto` goes on from the latest checkpoint in `output`; or a checkpoint's name.")
+    use: dict[str, str] = setting({}, "Which plugin owns a hook when several could: `{hook: plugin}`.")
+    loss: dict[str, Weight] = setting({}, "Weights of several losses by plugin: `{dpo: 1.0, sft: 0.1}`.")
+    rewards: dict[str, Weight] = setting({}, "Weights of rewards by name.")
+
+    @model_validator(mode="after")
+    def _plugins_once(self) -> RunSection:
+        twice = {name for name in self.plugins if self.plugins.count(name) > 1}
+        if twice:
+            raise ValueError(f"plugins lists {', '.join(sorted(twice))} twice; each plugin is active once")
+        return self
+
+
+CORE_KEYS = tuple(RunSection.model_fields)
+
+
+@dataclass(frozen=True)
+class Config:
+    """The resolved config of one run.
+
+    Attributes:
+        run: the core's keys.
+        sections: the validated section of each active plugin that has one, by plugin name.
+        folder: where relative paths of input files in the config start: the folder of the config file.
+    """
+
+    run: RunSection
+    sections: Mapping[str, Section]
+    layer: Layer
+    folder: Path
+
+    def section(self, schema: type[S]) -> S:
+        """The section that `schema` declares."""
+        for section in self.sections.values():
+            if isinstance(section, schema):
+                return section
+        raise fail("section-undeclared", schema=schema.__name__)
+
+    def path(self, written: str | Path) -> Path:
+        """A path as written in the config, resolved against the config's folder."""
+        return (self.folder / Path(written).expanduser()).resolve()
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain data that gives the same run when read as a config from the same folder."""
+        sections = {name: section.model_dump(mode="json") for name, section in self.sections.items()}
+        return {**self.run.model_dump(mode="json"), **sections}
+
+    def origins(self) -> Iterator[tuple[str, Any, Origin]]:
+        """Every resolved key with its value and where it came from, in order."""
+        for path, value in leaves((), self.resolved()):
+            try:
+                self.layer.find(path)
+                yield dotted(path), value, self.layer.origin(path)
+            except KeyError:
+                yield dotted(path), value, Origin("default")
+
+
+def read_run_section(layer: Layer) -> RunSection:
+    """Validate the core's keys of a config."""
+    return validate(RunSection, {key: layer.data[key] for key in CORE_KEYS if key in layer.data}, layer, ())
+
+
+def read_sections(
+    layer: Layer, schemas: Mapping[str, type[Section]], active: list[str], installed: Mapping[str, list[Installed]]
+) -> dict[str, Section]:
+    """Validate every plugin's section; a key that is neither the core's nor an active plugin's is an error."""
+    for key in layer.data:
+        origin = layer.origin((key,))
+        if key in CORE_KEYS or key in schemas:
+            continue
+        if key in active or key in installed:
+            raise fail("section-of-none" if key in active else "section-inactive", key=key, origin=origin)
+        raise fail(
+            "unknown-section", key=key, origin=origin, hint=did_you_mean(key, [*CORE_KEYS, *installed], "Known:")
+        )
+    return {name: validate(schema, layer.data.get(name), layer, (name,)) for name, schema in schemas.items()}
+
+
+def validate(schema: type[S], data: Any, layer: Layer, at: KeyPath) -> S:
+    """Validate one section strictly; errors name file, line, the value seen, and what was probably meant."""
+    if not isinstance(data, dict | None):
+        raise fail("section-no-mapping", key=dotted(at), value=data, origin=layer.origin(at))
+    try:
+        return schema.model_validate_json(json.dumps(data or {}))
+    except ValidationError as error:
+        mistakes = [_explain(schema, detail, layer, at) for detail in error.errors(include_url=False)]
+    if len(mistakes) == 1:
+        raise mistakes[0]
+    lines = "\n".join(f"- {' '.join(str(mistake).splitlines())}" for mistake in mistakes)
+    raise fail("mistakes", count=len(mistakes), lines=lines)
+
+
+def _explain(schema: type[BaseModel], detail: Any, layer: Layer, at: KeyPath) -> PegboxError:
+    loc = detail["loc"]
+    path = (*at, *_existing(layer, at, loc))
+    origin, doc = layer.origin(path), _doc(schema, loc)
+    if detail["type"] == "extra_forbidden":
+        fields = _model_at(schema, loc[:-1]).model_fields
+        place = f"section '{dotted(path[:-1])}'" if len(path) > 1 else "the config"
+        return fail(
+            "unknown-key", key=loc[-1], place=place, origin=origin, hint=did_you_mean(loc[-1], fields, "Known:")
+        )
+    if detail["type"] == "missing":
+        return fail("key-missing", key=dotted((*path, loc[-1])), origin=origin, doc=doc)
+    if detail["type"] == "value_error":
+        return fail("values-clash", place=dotted(path) or "the config", problem=detail["ctx"]["error"], origin=origin)
+    problem = detail["msg"][0].lower() + detail["msg"][1:]
+    value = json.dumps(detail["input"], default=str)
+    return fail("value-wrong", key=dotted(path), value=value, origin=origin, problem=problem, doc=doc)
+
+
+def _existing(layer: Layer, at: KeyPath, loc: KeyPath) -> KeyPath:
+    """The part of an error's location that exists in the config; pydantic adds the names of union members."""
+    path: KeyPath = ()
+    for part in loc:
+        try:
+            layer.find((*at, *path, part))
+            path = (*path, part)
+        except KeyError:
+            continue
+    return path
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models(argument)
+
+
+def _model_at(schema: type[BaseModel], loc: KeyPath) -> type[BaseModel]:
+    """The innermost model on the way of an error's location."""
+    model = schema
+    for part in loc:
+        if part in model.model_fields:
+            model = next(_models(model.model_fields[str(part)].annotation), model)
+        else:
+            inner = (m for field in schema.model_fields.values() for m in _models(field.annotation))
+            model = next((m for m in inner if m.__name__ == part), model)
+    return model
+
+
+def _doc(schema: type[BaseModel], loc: KeyPath) -> str:
+    """The documentation of the innermost documented field on the way."""
+    for length in range(len(loc), 0, -1):
+        field = _model_at(schema, loc[: length - 1]).model_fields.get(str(loc[length - 1]))
+        if field is not None and field.description:
+            return field.description
+    return ""

@@ -1,0 +1,149 @@
+"""Discovery: what is installed, without importing any of it, and the import of the plugins that a config lists.
+
+An installed plugin is an entry point in the group `pegbox`; a local one is a `.py` file beside the config that defines
+`class Plugin`. Installed is not active: nothing here runs a plugin's code before the config lists it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import Distribution, PackageNotFoundError, entry_points
+from pathlib import Path
+from types import ModuleType
+
+from pegbox import __version__
+from pegbox.errors import PegboxError, did_you_mean, fail
+
+GROUP = "pegbox"
+LOCAL_CLASS = "Plugin"
+
+
+@dataclass(frozen=True)
+class Installed:
+    """One plugin that could be activated: its name, the object it names, and the distribution that brings it."""
+
+    name: str
+    value: str
+    distribution: str
+    version: str = ""
+    requires: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.distribution} {self.version}".strip()
+
+
+def discover(group: str = GROUP) -> dict[str, list[Installed]]:
+    """Every entry point of a group by name. Two distributions under one name are both listed: activation refuses them."""
+    found: dict[str, list[Installed]] = {}
+    for entry in entry_points(group=group):
+        dist = entry.dist
+        described = (dist.name, dist.version, tuple(dist.requires or ())) if dist else ("?", "", ())
+        plugin = Installed(entry.name, entry.value, *described)
+        if plugin not in found.setdefault(entry.name, []):
+            found[entry.name].append(plugin)
+    return found
+
+
+def load(name: str, installed: Mapping[str, list[Installed]], folder: Path) -> tuple[Installed, object]:
+    """Import one listed plugin and make its instance."""
+    if name.endswith(".py"):
+        plugin = _local(name, folder)
+    else:
+        candidates = installed.get(name, [])
+        if not candidates:
+            raise fail("plugin-missing", name=name, hint=did_you_mean(name, installed, "Installed:"))
+        if len(candidates) > 1:
+            both = " and ".join(map(str, candidates))
+            raise fail("plugin-ambiguous", name=name, both=both, last=candidates[-1].distribution)
+        plugin = candidates[0]
+        check_api(plugin)
+    module_name, _, attribute = plugin.value.partition(":")
+    try:
+        module = (
+            _import_file(folder / name, module_name) if name.endswith(".py") else importlib.import_module(module_name)
+        )
+        factory = getattr(module, attribute or LOCAL_CLASS, None)
+        if factory is not None:
+            return plugin, factory()
+    except PegboxError:
+        raise
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}{_line_in(error, plugin)}"
+        raise fail("plugin-broken", name=plugin.name, origin=plugin, problem=problem, value=plugin.value) from error
+    raise fail("plugin-no-class", name=plugin.name, origin=plugin, attribute=attribute or LOCAL_CLASS)
+
+
+def _local(name: str, folder: Path) -> Installed:
+    if not (folder / name).is_file():
+        hint = did_you_mean(name, [f"./{path.name}" for path in folder.glob("*.py")], "Files there:")
+        raise fail("plugin-file-missing", name=name, folder=folder, hint=hint)
+    path = (folder / name).resolve()
+    return Installed(path.stem, f"pegbox_local_{path.stem}:{LOCAL_CLASS}", f"file {path.name}")
+
+
+def _import_file(path: Path, module_name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(module_name, path.resolve())
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _line_in(error: Exception, plugin: Installed) -> str:
+    """` (file:line)` of the innermost frame, or nothing."""
+    traceback, where = error.__traceback__, ""
+    while traceback is not None:
+        where = f" ({Path(traceback.tb_frame.f_code.co_filename).name}:{traceback.tb_lineno})"
+        traceback = traceback.tb_next
+    return where
+
+
+def check_api(plugin: Installed, core_version: str = __version__) -> None:
+    """Refuse a plugin whose declared requirement on pegbox-core does not admit this core.
+
+    pip checks this at installation; `--no-deps` and editable installs drift, so it is checked again here.
+    """
+    for requirement in plugin.requires:
+        match = re.match(r"pegbox[-_.]core(?![\w-])\s*(?:\[[^]]*])?\s*\(?([^;)]*)", requirement, re.IGNORECASE)
+        if match and not admits(match[1], core_version):
+            described = {"name": plugin.name, "origin": plugin, "distribution": plugin.distribution}
+            raise fail("plugin-api", wanted=match[1].strip(), have=core_version, **described)
+
+
+def admits(specifiers: str, version: str) -> bool:
+    """Whether a release version satisfies comma-separated `>= > <= < == != ~=` specifiers (PEP 440 releases)."""
+    have = _release(version)
+    for text in filter(None, (part.strip() for part in specifiers.split(","))):
+        match = re.fullmatch(r"(~=|==|!=|<=|>=|<|>)\s*([\d.]+?)(\.\*)?", text)
+        if not match:
+            return False
+        wanted = _release(match[2])
+        width = len(wanted) if match[3] else max(len(have), len(wanted))
+        a, b = ((*release, *(0,) * width)[:width] for release in (have, wanted))
+        compatible = a >= b and a[: len(wanted) - 1] == wanted[:-1]
+        holds = {"==": a == b, "!=": a != b, ">=": a >= b, "<=": a <= b, ">": a > b, "<": a < b, "~=": compatible}
+        if not holds[match[1]]:
+            return False
+    return True
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", re.split(r"[a-z+]", version, maxsplit=1)[0]))
+
+
+def versions(names: Iterable[str]) -> dict[str, str]:
+    """The installed version of each distribution that is installed."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = Distribution.from_name(name).version
+        except (PackageNotFoundError, ValueError):
+            continue
+    return found

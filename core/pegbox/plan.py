@@ -1,0 +1,148 @@
+"""The plan: who does what in this run, in which order and why, and where every value of the config came from.
+
+`compose` makes it from a config without importing anything heavy: read, activate the listed plugins, validate, find
+owners. The plan is what a person reads before a run starts, what all ranks compare, and what the run's folder keeps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pegbox import __version__, hooks
+from pegbox.config import Config, read_run_section, read_sections
+from pegbox.context import Context
+from pegbox.errors import fail
+from pegbox.kernel import SPECS, Kernel, job_name
+from pegbox.source import read
+
+if TYPE_CHECKING:
+    from pegbox.types import Runtime
+
+NEEDED = (
+    "build_runtime load_processor build_dataset load_model place_model build_loss build_batches build_optimizer "
+    "open_checkpoints run_training export_model"
+).split()
+"""Hooks that a training run cannot do without."""
+
+REASONS = {
+    "register": "declares, in list order",
+    "configure": "merged field by field",
+    "patch": "may patch; collisions are errors",
+    "fan_out": "all run, results kept by name",
+    "observe": "observes, in list order",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One hook of the plan: who answers it and why."""
+
+    hook: str
+    plugins: tuple[str, ...]
+    wrappers: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The composed run."""
+
+    plugins: tuple[tuple[str, str], ...]
+    jobs: tuple[Job, ...]
+    values: tuple[tuple[str, Any, str], ...]
+    patches: list[dict[str, object]] = field(default_factory=list)
+    model: dict[str, object] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, stable under reordering of dictionaries."""
+        return {
+            "pegbox": __version__,
+            "plugins": [{"name": name, "from": origin} for name, origin in self.plugins],
+            "hooks": [
+                {"hook": j.hook, "plugins": j.plugins, "wrappers": j.wrappers, "reason": j.reason} for j in self.jobs
+            ],
+            "config": [{"key": key, "value": value, "from": origin} for key, value, origin in self.values],
+            **({"model": self.model, "patches": self.patches} if self.model else {}),
+        }
+
+    def digest(self) -> str:
+        """Identifies what the run does: plugins with versions, owners, and every value of the config."""
+        content = {**self.to_json(), "config": [(key, value) for key, value, _ in self.values]}
+        return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    def agree(self, runtime: Runtime) -> None:
+        """Raise unless all ranks hold this plan."""
+        digests = runtime.gather_objects(self.digest())
+        if len(set(digests)) > 1:
+            other = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+            raise fail("ranks-disagree", ranks=other)
+
+
+def compose(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, instances: dict[str, object] | None = None
+) -> Context:
+    """Make a run from a config: read, activate, validate, find owners. Imports no plugin that is not listed.
+
+    Args:
+        source: a YAML file, `recipe://name`, or a mapping.
+        overrides: `key=value`, as on the command line.
+        instances: ready plugins by name, used instead of installed ones (for tests and embedding programs).
+    """
+    layer, folder = read(source, overrides)
+    run = read_run_section(layer)
+    kernel = Kernel.activate(run.plugins, folder, instances)
+    sections = read_sections(layer, kernel.schemas(), list(kernel.active), kernel.installed)
+    kernel.choose_owners(run.use)
+    config = Config(run, sections, layer, folder)
+    ctx = Context(config, kernel, make_plan(config, kernel), Path(run.output).expanduser().absolute())
+    kernel.register_states(ctx)
+    return ctx
+
+
+def require_training(kernel: Kernel) -> None:
+    """Raise unless every hook that a training run needs has an owner."""
+    for hook in NEEDED:
+        if not kernel.owners(hook):
+            raise kernel.no_owner(hook)
+
+
+def make_plan(config: Config, kernel: Kernel) -> Plan:
+    """The plan of a composed kernel."""
+    plugins = tuple((active.name, str(active.origin)) for active in kernel.active.values())
+    jobs = []
+    for hook in SPECS:
+        wrappers = tuple(i.plugin for i in kernel.implementations(hook, wrapper=True))
+        kind = hooks.semantics(hook)
+        if kind == "own":
+            candidates = [i.plugin for i in kernel.implementations(hook, wrapper=False)]
+            for form, owner in kernel.owners(hook).items():
+                reason = "the only one" if len(candidates) == 1 or form else "chosen by use"
+                jobs.append(Job(job_name(hook, form), (owner,), wrappers, reason))
+        else:
+            everyone = tuple(i.plugin for i in kernel.implementations(hook))
+            if everyone:
+                jobs.append(Job(hook, everyone, (), REASONS[kind]))
+    values = tuple((key, value, str(origin)) for key, value, origin in config.origins())
+    return Plan(plugins, tuple(jobs), values)
+
+
+def plan_model(ctx: Context) -> Plan:
+    """The plan with the model built on the meta device: its traits, sizes, and every patch that would be applied."""
+    from pegbox.assembly import model_request, prepare_model
+
+    model = prepare_model(ctx, model_request(ctx, meta=True))
+    parameters = list(model.module.parameters())
+    facts = {
+        "name": model.name,
+        "traits": sorted(model.traits),
+        "parameters": sum(p.numel() for p in parameters),
+        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+    }
+    patches = ctx.kernel.patches.summary()
+    ctx.kernel.patches.undo()
+    return Plan(ctx.plan.plugins, ctx.plan.jobs, ctx.plan.values, patches, facts)

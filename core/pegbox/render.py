@@ -1,0 +1,115 @@
+"""What the command line shows: the plan, the installed plugins, schemas. rich on a terminal, plain columns elsewhere."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pegbox.context import Context
+    from pegbox.plan import Plan
+
+Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
+
+
+def log_to_terminal(rank: int) -> None:
+    """Let the messages of plugins reach the terminal: all of rank 0, warnings of the others."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
+    logger = logging.getLogger("pegbox")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+def show(plan: Plan, *, as_json: bool) -> None:
+    """Print a whole plan."""
+    if as_json:
+        print(json.dumps(plan.to_json(), indent=1, default=str))
+    else:
+        _print_tables(list(_tables(plan)))
+
+
+def show_short(ctx: Context) -> None:
+    """Print a plan in a few lines: the model, the plugins, who does what, the folder."""
+    does = {job.plugins[0]: [] for job in ctx.plan.jobs}
+    for job in ctx.plan.jobs:
+        for plugin in (*job.plugins, *job.wrappers):
+            if not job.hook.startswith("register_"):
+                does.setdefault(plugin, []).append(job.hook)
+    rows = [(name, origin, ", ".join(does.get(name, []))) for name, origin in ctx.plan.plugins]
+    title = f"{ctx.config.run.model.name} -> {ctx.folder}"
+    _print_tables([(title, ("plugin", "from", "does"), rows)])
+
+
+def _tables(plan: Plan) -> Iterator[Table]:
+    yield "Plugins, in the order of calls", ("plugin", "from"), list(plan.plugins)
+    jobs = [(j.hook, ", ".join(j.plugins), ", ".join(j.wrappers), j.reason) for j in plan.jobs]
+    yield "Hooks, in the order of a run", ("hook", "plugin", "refined by", "why"), jobs
+    if plan.model:
+        yield "Model", ("fact", "value"), [(key, _text(value)) for key, value in plan.model.items()]
+        patches = [
+            (_text(p["plugin"]), _text(p["slot"]), f"{len(p['modules'])} modules", _text(p["reason"]))
+            for p in plan.patches
+        ]
+        yield "Patches", ("plugin", "slot", "changes", "why"), patches
+    yield "Config", ("key", "value", "from"), [(key, _text(value), origin) for key, value, origin in plan.values]
+
+
+def show_plugins(*, as_json: bool) -> None:
+    """Print every installed plugin, importing none."""
+    from pegbox.discovery import discover
+
+    found = [plugin for candidates in discover().values() for plugin in candidates]
+    if as_json:
+        keys = ("name", "distribution", "version", "value")
+        print(json.dumps([{key: getattr(plugin, key) for key in keys} for plugin in found], indent=1))
+    else:
+        rows = [(plugin.name, str(plugin), plugin.value) for plugin in sorted(found, key=lambda plugin: plugin.name)]
+        _print_tables([("Installed plugins (active only in runs that list them)", ("plugin", "from", "object"), rows)])
+
+
+def show_schema(names: Sequence[str] | None) -> None:
+    """Print the JSON schema of a config with the given plugins; without names, with every installed one."""
+    from pegbox.config import RunSection
+    from pegbox.discovery import discover
+    from pegbox.kernel import Kernel
+
+    schemas = Kernel.activate(
+        names or [name for name, found in discover().items() if len(found) == 1], Path()
+    ).schemas()
+    whole = RunSection.model_json_schema()
+    whole["properties"]["extends"] = {"type": "string", "description": "A config or recipe that this one builds upon."}
+    whole["properties"].update(
+        {
+            name: schema.model_json_schema(ref_template=f"#/properties/{name}/$defs/{{model}}")
+            for name, schema in schemas.items()
+        }
+    )
+    print(json.dumps(whole, indent=1))
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:,}" if type(value) is int else json.dumps(value, default=str)
+
+
+def _print_tables(tables: Sequence[Table]) -> None:
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table as RichTable
+
+        for title, heads, rows in tables:
+            table = RichTable(*heads, title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+            for row in rows:
+                table.add_row(*row)
+            Console().print(table, "", markup=False)
+        return
+    for title, heads, rows in tables:
+        widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
+        print(title)
+        for row in [heads, *rows]:
+            print(" ", "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print()

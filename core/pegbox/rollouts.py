@@ -1,0 +1,80 @@
+"""What the hooks of reinforcement learning pass: requests, completions, scores, weight updates, and their receipts.
+
+A rollout carries the first and the last weight version it was sampled with, and the columns of its source row. R stands for
+rollouts in the suffix of a name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pegbox.types import Json, Record, Split
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Sampling(Record):
+    """How completions are sampled. `max_tokens` counts new tokens; `top_k = 0` means all."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: tuple[str, ...] = ()
+
+
+class RolloutRequest(Record):
+    """Prompts as token ids with the columns of their source rows; `samples` completions are wanted of each."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    columns: tuple[Mapping[str, Json], ...]
+    samples: int
+    sampling: Sampling
+    split: Split = "train"
+
+
+class Rollout(Record):
+    """One completion. `logps` are the sampler's, per completion token; versions are those of the weights it used."""
+
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+    logps: tuple[float, ...]
+    first_version: int
+    last_version: int
+    finished: bool
+    columns: Mapping[str, Json] = field(default_factory=dict)
+
+
+class RolloutBatch(Record):
+    """Completions in the order of the request: all samples of the first prompt, then of the second."""
+
+    rollouts: tuple[Rollout, ...]
+    samples: int
+
+
+class Score(Record):
+    """One named reward for each rollout, in order; None where it does not apply."""
+
+    name: str
+    values_R: tuple[float | None, ...]
+
+
+class WeightUpdate(Record):
+    """New weights for engines: a version, what it holds, and the tensors by name, produced once."""
+
+    version: int
+    kind: Literal["adapter", "full"]
+    tensors: Iterable[tuple[str, Tensor]]
+    folder: Path | None = None
+
+
+class SyncReceipt(Record):
+    """Proof from one engine that it holds `version`; `evidence` says how it was established."""
+
+    engine: str
+    version: int
+    evidence: str

@@ -1,0 +1,44 @@
+"""The base of every config section, and `setting`, which declares one documented field.
+
+A section is a frozen pydantic model that forbids unknown keys. Every field says what it means and in which unit, so that the
+reference pages, the JSON schema and the error messages all come from one place.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypedDict, Unpack
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from typing import Any
+
+
+class Section(BaseModel):
+    """Base of config sections: frozen, unknown keys forbidden, defaults validated, no type coerced."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, protected_namespaces=())
+
+
+class Bounds(TypedDict, total=False):
+    """Limits of a value, as pydantic's `Field` takes them."""
+
+    gt: float
+    ge: float
+    lt: float
+    le: float
+    min_length: int
+    pattern: str
+
+
+def setting(default: Any, doc: str, *, unit: str = "", **bounds: Unpack[Bounds]) -> Any:
+    """A documented field of a section; `...` as default makes it required.
+
+    Args:
+        default: the value when the config is silent (the paper's, where there is one).
+        doc: one sentence: what it does.
+        unit: unit of a number, e.g. `tokens`, `steps`, `1` for a plain ratio.
+        bounds: `gt ge lt le min_length pattern`, checked by pydantic.
+    """
+    extra = {"unit": unit} if unit else None
+    return Field(default, description=doc, json_schema_extra=extra, **bounds)

@@ -1,0 +1,225 @@
+"""Reading configs: YAML with the line of every key, `extends`, recipes, and `key=value` overrides.
+
+A config is read into a `Layer`: plain data beside the origin of every key. Layers are merged (mappings deeply, lists as a
+whole) in the order extended file, file, command line. The YAML dialect is 1.2's core: only true and false are
+booleans (`no` is a word) and `2e-4` is a number; a key given twice is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pegbox.errors import did_you_mean, fail
+
+KeyPath = tuple[str | int, ...]
+RECIPE = "recipe://"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value came from: a file (or recipe) and line, the command line, Python, or a default."""
+
+    where: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.where}:{self.line}" if self.line else self.where
+
+
+@dataclass
+class Layer:
+    """Config data and the origin of every key path in it."""
+
+    data: dict[str, Any] = field(default_factory=dict)
+    origins: dict[KeyPath, Origin] = field(default_factory=dict)
+
+    def origin(self, path: KeyPath) -> Origin:
+        """The origin of a key, or of the nearest key above it that has one."""
+        known = (self.origins.get(path[:length]) for length in range(len(path), 0, -1))
+        return next((origin for origin in known if origin), Origin("default"))
+
+    def find(self, path: KeyPath) -> Any:
+        """The value at a key path; KeyError if there is none."""
+        value: Any = self.data
+        for part in path:
+            if not _has(value, part):
+                raise KeyError(path)
+            value = value[part]
+        return value
+
+    def merge(self, above: Layer) -> Layer:
+        """This layer with `above` laid over it."""
+        merged = Layer(deepcopy(self.data), dict(self.origins))
+        merged._lay((), merged.data, above)
+        return merged
+
+    def _lay(self, path: KeyPath, below: Any, above: Layer) -> None:
+        for key, value in above.find(path).items():
+            inner = (*path, key)
+            if isinstance(below, list) and key not in range(len(below)):
+                place = {"above": dotted(path), "seen": f"{len(below)} values"}
+                raise fail("override-place", key=dotted(inner), origin=above.origin(inner), **place)
+            old = below[key] if _has(below, key) else None
+            if isinstance(value, dict) and (isinstance(old, dict) or (isinstance(old, list) and _numbered(value))):
+                self._lay(inner, old, above)
+                continue
+            below[key] = deepcopy(value)
+            for known in [known for known in self.origins if known[: len(inner)] == inner]:
+                del self.origins[known]
+            self.origins.update((k, o) for k, o in above.origins.items() if k[: len(inner)] == inner)
+
+
+def _numbered(value: dict[Any, Any]) -> bool:
+    return bool(value) and all(isinstance(key, int) for key in value)
+
+
+def _has(holder: Any, part: str | int) -> bool:
+    return part in holder if isinstance(holder, dict) else isinstance(holder, list) and part in range(len(holder))
+
+
+def leaves(path: KeyPath, value: Any, *, branches: bool = False) -> Iterator[tuple[KeyPath, Any]]:
+    """Every innermost value below a key path; with `branches` also what holds them."""
+    pairs = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ())
+    if branches or not pairs:
+        yield path, value
+    for key, inner in pairs:
+        yield from leaves((*path, key), inner, branches=branches)
+
+
+def dotted(path: KeyPath) -> str:
+    """`data.train.0.path`, as overrides write it."""
+    return ".".join(str(part) for part in path)
+
+
+def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> tuple[Layer, Path]:
+    """Read a config with everything it extends and the overrides on top: the layer, and the folder paths start from."""
+    if isinstance(source, Mapping):
+        folder = Path.cwd()
+        layer = _extended(_layer(deepcopy(dict(source)), Origin("python")), folder, ())
+    else:
+        layer, folder = _read_named(str(source), Path.cwd(), Origin("command line"), ())
+    for override in overrides:
+        path, value = parse_override(override)
+        for part in reversed(path):
+            value = {part: value}
+        layer = layer.merge(_layer(value, Origin("command line")))
+    return layer, folder
+
+
+def _layer(data: dict[str, Any], origin: Origin) -> Layer:
+    return Layer(data, dict.fromkeys((path for path, _ in leaves((), data, branches=True)), origin))
+
+
+def parse_override(text: str) -> tuple[KeyPath, Any]:
+    """`lora.r=8` as a key path and a value with the same types as in YAML."""
+    key, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key.strip()):
+        raise fail("override-form", text=text)
+    try:
+        parsed = yaml.load(value, Loader=_Loader)  # noqa: S506 - a safe loader
+    except yaml.YAMLError as error:
+        raise fail("config-no-yaml", where=f"override '{text}'", problem=_problem(error)) from error
+    return tuple(int(part) if part.isdigit() else part for part in key.strip().split(".")), parsed
+
+
+def _read_named(name: str, folder: Path, origin: Origin, seen: tuple[str, ...]) -> tuple[Layer, Path]:
+    path = _recipe_path(name) if name.startswith(RECIPE) else folder / Path(name).expanduser()
+    label = name if name.startswith(RECIPE) else _short(path)
+    if label in seen:
+        raise fail("extends-itself", name=label, chain=" -> ".join([*seen, label]))
+    if not path.is_file():
+        near = [other.name for other in (path if path.is_dir() else path.parent).glob("*.y*ml")]
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        hint = did_you_mean(path.name, near, "Configs there:")
+        raise fail("config-missing", name=label, problem=problem, origin=origin, hint=hint)
+    return _extended(parse(path.read_text(encoding="utf-8"), label), path.parent, (*seen, label)), path.parent
+
+
+def _extended(layer: Layer, folder: Path, seen: tuple[str, ...]) -> Layer:
+    if "extends" not in layer.data:
+        return layer
+    origin, extends = layer.origin(("extends",)), layer.data.pop("extends")
+    if not isinstance(extends, str):
+        raise fail("extends-form", value=extends, origin=origin)
+    return _read_named(extends, folder, origin, seen)[0].merge(layer)
+
+
+def _recipe_path(name: str) -> Path:
+    """The file of `recipe://name`: an entry point in the group `pegbox.recipes` with the value `package:file.yaml`."""
+    from importlib.metadata import entry_points
+    from importlib.util import find_spec
+
+    recipes = {entry.name: entry.value for entry in entry_points(group="pegbox.recipes")}
+    wanted = name.removeprefix(RECIPE)
+    package, _, file = recipes.get(wanted, "").partition(":")
+    spec = find_spec(package) if package else None
+    if spec is None or not spec.submodule_search_locations:
+        raise fail("recipe-missing", name=wanted, hint=did_you_mean(wanted, recipes, "Installed recipes:"))
+    return Path(spec.submodule_search_locations[0]) / file
+
+
+def parse(text: str, label: str) -> Layer:
+    """Parse YAML text into a layer; `label` names the file in messages."""
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{label}:{mark.line + 1}" if mark else label
+        raise fail("config-no-yaml", where=where, problem=_problem(error)) from error
+    layer = Layer()
+    if node is not None:
+        layer.data = _build(node, (), layer, label, _Loader(""))
+    if not isinstance(layer.data, dict):
+        raise fail("config-no-mapping", name=label)
+    return layer
+
+
+def _build(node: yaml.Node, path: KeyPath, layer: Layer, label: str, loader: _Loader) -> Any:
+    if path:
+        layer.origins.setdefault(path, Origin(label, node.start_mark.line + 1))
+    if isinstance(node, yaml.SequenceNode):
+        return [_build(item, (*path, index), layer, label, loader) for index, item in enumerate(node.value)]
+    if not isinstance(node, yaml.MappingNode):
+        return loader.construct_object(node)
+    result: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key, origin = str(key_node.value), Origin(label, key_node.start_mark.line + 1)
+        if key in result:
+            raise fail("key-twice", key=dotted((*path, key)), origin=origin)
+        layer.origins[(*path, key)] = origin
+        result[key] = _build(value_node, (*path, key), layer, label, loader)
+    return result
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader with the scalars of YAML 1.2's core schema."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+
+
+_NUMBER = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+for _tag, _regex, _first in (
+    ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", "~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", "[-+]?[0-9]+", "-+0123456789"),
+    ("float", _NUMBER, "-+.0123456789"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_regex})$"), list(_first))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    return str(getattr(error, "problem", None) or error).splitlines()[0]
+
+
+def _short(path: Path) -> str:
+    """A path as a person in the current folder would write it."""
+    resolved, here = path.resolve(), Path.cwd()
+    return str(resolved.relative_to(here) if resolved.is_relative_to(here) else path)

@@ -1,0 +1,412 @@
+"""What hooks pass to each other: frozen, typed objects. Torch appears in annotations only.
+
+Shape suffixes of tensor names:
+
+    B  rows of a micro-batch      T  tokens of a row (padded)      N  trained tokens of a micro-batch
+    H  hidden size                V  vocabulary                    S  document borders of a packed micro-batch
+    R  rollouts
+
+Conventions. `targets_BT[b, t]` is the token after position t, or -100 where nothing is trained; the last token of a document
+is never trained. `trained_N` holds the flat indices b * T + t of the trained positions, ascending, computed where the
+batch is made, so that a head touches only what is trained and no device has to be asked how many there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol, dataclass_transform, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor, device
+    from torch.nn import Module
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+    from transformers import PreTrainedTokenizerBase
+
+    from pegbox.section import Section
+
+UNTRAINED = -100
+"""The target of a position that is not trained (torch's and transformers' ignore index)."""
+
+Split = Literal["train", "eval"]
+Role = Literal["policy", "reference", "reward", "teacher", "features"]
+Need = Literal["logps", "entropy", "hidden", "logits", "router_logits", "values"]
+Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+class Record:
+    """Base of what hooks pass: every subclass is a frozen dataclass whose fields are given by keyword."""
+
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True, kw_only=True)(cls)
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """State that a checkpoint holds; torch's protocol. `state_scope = "rank"` on the object keeps one state per rank."""
+
+    def state_dict(self) -> dict[str, object]: ...
+    def load_state_dict(self, state_dict: dict[str, object]) -> None: ...
+
+
+# ---- declare ----
+
+
+class ConfigSection(Record):
+    """A plugin's section of the config: the frozen pydantic model that holds it."""
+
+    schema: type[Section]
+
+
+class Item(Record):
+    """A named thing of an open kind that other plugins may look up with `ctx.items(kind)`.
+
+    Attributes:
+        kind: `format`, `source`, `template`, `optimizer`, `schedule`, `reward`, `health_rule`, `model_format`,
+            `export_format`, or a kind that a plugin defines.
+        name: what the config calls it.
+        target: the object, or `"package.module:attribute"`, imported on use.
+        doc: one sentence.
+    """
+
+    kind: str
+    name: str
+    target: object
+    doc: str = ""
+
+
+# ---- runtime and data ----
+
+
+class Runtime(Protocol):
+    """Devices and processes of a run."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: device
+
+    def barrier(self) -> None: ...
+    def gather_objects(self, value: object) -> list[object]:
+        """The value of every rank, in rank order, on every rank."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over ranks, on every rank, without waiting for the device."""
+
+
+class Processor(Record):
+    """The tokenizer of a model, and other parts (image, audio) by name.
+
+    `fingerprint` identifies everything that changes token ids: vocabulary, merges, added tokens, template.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    pad_id: int
+    fingerprint: str
+    parts: Mapping[str, object] = field(default_factory=dict)
+
+
+class Example(Record):
+    """One tokenized row.
+
+    Attributes:
+        input_ids: token ids, length T.
+        labels: length T, unshifted: `labels[t]` is `input_ids[t]` where token t is trained, else -100.
+        documents: lengths of the documents packed into this row, summing to T; empty: the row is one document.
+        columns: columns of the source row, by name.
+    """
+
+    input_ids: Sequence[int]
+    labels: Sequence[int]
+    documents: tuple[int, ...] = ()
+    columns: Mapping[str, Json] = field(default_factory=dict)
+
+
+class Examples(Protocol):
+    """The rows of one split: indexable, fixed order, the same on every rank."""
+
+    split: Split
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Example: ...
+    def describe(self, index: int) -> str:
+        """Where row `index` came from, for messages: `data/train.jsonl:17`."""
+
+
+class Extra(Record):
+    """A named tensor of a batch beyond tokens, with its rule for joining and sharding."""
+
+    value: Tensor
+    layout: Literal["row", "token", "trained", "global"]
+
+
+class Batch(Record):
+    """One micro-batch of one rank. `rows` are dataset indices, so that an error can name them."""
+
+    input_ids_BT: Tensor
+    targets_BT: Tensor
+    trained_N: Tensor
+    attention_mask_BT: Tensor | None = None
+    position_ids_BT: Tensor | None = None
+    cu_seqlens_S: Tensor | None = None
+    max_seqlen: int | None = None
+    rows: tuple[int, ...] = ()
+    extra: Mapping[str, Extra] = field(default_factory=dict)
+
+    @property
+    def trained_tokens(self) -> int:
+        """N; known on the host, no device is asked."""
+        return int(self.trained_N.shape[0])
+
+    def to(self, device: device) -> Batch:
+        """The same batch on another device; copies do not wait."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        moved = {key: value.to(device, non_blocking=True) for key, value in values.items() if hasattr(value, "to")}
+        extra = {key: replace(item, value=item.value.to(device, non_blocking=True)) for key, item in self.extra.items()}
+        return replace(self, **moved, extra=extra)
+
+
+class BatchSource(Stateful, Protocol):
+    """Batches of one split. Iterating yields one optimizer step at a time: this rank's micro-batches of it.
+
+    A training source goes on where `load_state_dict` put it and ends when the data does; an evaluation source starts anew at
+    each iteration and yields every row once over all ranks.
+    """
+
+    total_steps: int | None
+    """Optimizer steps of the whole run from step 0, as the config asks; None for an evaluation source."""
+
+    def __iter__(self) -> Iterator[Sequence[Batch]]: ...
+    def describe(self, batch: Batch) -> str:
+        """Where the rows of a batch came from, for messages."""
+
+
+# ---- model ----
+
+
+class ModelOptions(Record):
+    """What plugins ask of a model before it is loaded. Two plugins that set one field to different values are an error."""
+
+    dtype: str | None = None
+    attention: str | None = None
+    experts: str | None = None
+    quantization: object | None = None
+    keep_packed: tuple[str, ...] | None = None
+
+
+class ModelRequest(Record):
+    """Which model to load, for which role. `meta`: no weights, everything on the meta device."""
+
+    name: str
+    format: str
+    role: Role = "policy"
+    revision: str | None = None
+    meta: bool = False
+    options: ModelOptions = field(default_factory=ModelOptions)
+
+
+class Outputs(Record):
+    """What one forward returned: the fields that were asked for, the others None. `_N` follows `Batch.trained_N`."""
+
+    logps_N: Tensor | None = None
+    entropy_N: Tensor | None = None
+    logits_NV: Tensor | None = None
+    hidden_BTH: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    values_BT: Tensor | None = None
+
+
+class Placement(Protocol):
+    """How a model lies on devices. Owned by `place_model`; used by the loop and the checkpoint store."""
+
+    name: str
+
+    def synchronize_gradients(self, enabled: bool) -> AbstractContextManager[None]:
+        """Around one forward and backward: whether its gradients are averaged over ranks."""
+
+    def clip_gradients(self, max_norm: float | None) -> Tensor:
+        """Clip the global gradient norm and return it as it was before, on the device. None: only measure."""
+
+    def save(self, folder: Path, optimizer: Optimizer) -> None:
+        """Write trainable parameters, buffers and optimizer state. Every rank calls it; the folder exists."""
+
+    def load(self, folder: Path, optimizer: Optimizer) -> None:
+        """Read back what `save` wrote, exactly."""
+
+
+class Model(Record):
+    """A model in one role.
+
+    Attributes:
+        module: the network, adapters included, never wrapped; its parameter names are the names of the run.
+        name: what the config called it.
+        base: what `from_pretrained` opens to get the base model: a folder or a hub name.
+        format: the format it was loaded from.
+        compute: `compute(module, batch, needs)` runs one forward and returns what was asked for.
+        traits: `causal`, `moe`, `attention_sinks`, `sliding_window`, `tied_head` ...: so that nobody asks for a model type.
+        adapter: the export format of the adapter applied (`peft`), or None; without one the export format is `format`.
+        placement, forward: set by `place_model`; `forward(batch, needs)` runs `compute` on the placed module.
+    """
+
+    module: Module
+    name: str
+    base: str
+    format: str
+    compute: Callable[[Module, Batch, frozenset[Need]], Outputs]
+    role: Role = "policy"
+    traits: frozenset[str] = frozenset()
+    adapter: str | None = None
+    placement: Placement | None = None
+    forward: Callable[[Batch, frozenset[Need]], Outputs] | None = None
+
+
+class ModulePatch(Record):
+    """A declared change of modules, applied to instances of one model, never to a class.
+
+    Attributes:
+        slot: what is replaced: `attention`, `norm`, `mlp`, `rope`, `head`, `experts` ... One patch per module and slot.
+        target: glob over fully qualified module names, e.g. `model.layers.*.self_attn`, or a predicate (name, module).
+        replace: called with each matched module; returns a module (it takes the place of the old one), a plain
+            callable (it becomes the instance's `forward`), or a `SeamChange`.
+        requires: traits the model must have.
+        after: names of plugins whose patches on the same slot this one builds upon.
+        reason: why, one sentence; `source`: paper, project or page it follows.
+    """
+
+    slot: str
+    target: str | Callable[[str, Module], bool]
+    replace: Callable[[Module], Module | Callable[..., object] | SeamChange]
+    reason: str
+    source: str = ""
+    requires: frozenset[str] = frozenset()
+    after: tuple[str, ...] = ()
+
+
+class SeamChange(Record):
+    """A change through a seam that a library offers, e.g. `transformers.AttentionInterface`.
+
+    `holder.attribute` is set to `value` and set back on undo. `calls()` counts uses of the new implementation, so that
+    the patch can prove that it acts.
+    """
+
+    seam: str
+    holder: object
+    attribute: str
+    value: object
+    calls: Callable[[], int]
+
+
+# ---- learning ----
+
+
+class Term(Record):
+    """One term of a loss. Its value is the sum of `total` over the step, divided by the sum of `count` over the step."""
+
+    name: str
+    total: Tensor
+    count: float
+    weight: float = 1.0
+
+
+class LossOutput(Record):
+    """The terms of a loss over one micro-batch, and further figures to log, of the same form (their weight is not used)."""
+
+    terms: tuple[Term, ...]
+    metrics: tuple[Term, ...] = ()
+
+
+class Loss(Protocol):
+    """A loss never calls the model: it declares what it needs and receives it.
+
+    `counts` depends on the batch alone: the loop sums it over all micro-batches and ranks of a step before the first
+    backward. `scope = "batch"` marks losses that need a whole batch at once.
+    """
+
+    needs: frozenset[Need]
+    scope: Literal["token", "batch"]
+
+    def counts(self, batch: Batch) -> Mapping[str, float]:
+        """The count of each term, by name."""
+
+    def __call__(self, batch: Batch, outputs: Outputs) -> LossOutput: ...
+
+
+class GroupOptions(Record):
+    """What parameters whose name matches the regular expression `pattern` (searched) get: None leaves a value alone.
+
+    `learning_rate` is absolute, `learning_rate_scale` a factor on the optimizer's own.
+    """
+
+    pattern: str
+    learning_rate: float | None = None
+    learning_rate_scale: float | None = None
+    weight_decay: float | None = None
+    tag: str | None = None
+
+
+class ParameterGroup(Record):
+    """Trainable parameters that share merged options; `names` are parameter names of `Model.module`."""
+
+    names: tuple[str, ...]
+    options: GroupOptions
+
+
+class Optimization(Record):
+    """The optimizer and its learning-rate schedule, stepped together."""
+
+    optimizer: Optimizer
+    schedule: LRScheduler
+
+
+class Checkpoint(Record):
+    """A saved state of a run: complete, or it would not be listed."""
+
+    step: int
+    path: Path
+
+
+class CheckpointStore(Protocol):
+    """One atomic store. A checkpoint appears complete or not at all."""
+
+    def save(self, step: int, model: Model, optimization: Optimization) -> Checkpoint: ...
+    def restore(self, checkpoint: Checkpoint, model: Model, optimization: Optimization) -> None:
+        """Bring model, optimizer, schedule and every registered state back, exactly."""
+
+    def list(self) -> list[Checkpoint]:
+        """Complete checkpoints, oldest first."""
+
+
+class Job(Record):
+    """What `run_training` gets: everything that was built."""
+
+    model: Model
+    loss: Loss
+    train: BatchSource
+    eval: BatchSource | None
+    optimization: Optimization
+    checkpoints: CheckpointStore
+    resume: Checkpoint | None = None
+
+
+class Outcome(Record):
+    """How a training ended: `finished`, `stopped` (a signal asked), or `interrupted` (Ctrl-C, SIGTERM)."""
+
+    reason: Literal["finished", "stopped", "interrupted"]
+    step: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    checkpoint: Checkpoint | None = None
+
+
+# ---- leave ----
+
+
+class ExportRequest(Record):
+    """Write into `folder`, in `format`; the folder exists."""
+
+    folder: Path
+    format: str
