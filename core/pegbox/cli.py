@@ -18,25 +18,26 @@ class Commands(TyperGroup):
     """The core's commands, and after them those of installed plugins."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        from importlib.metadata import entry_points
-
         super().format_commands(ctx, formatter)
-        rows = [(entry.name, f"from {entry.value.split('.')[0]}") for entry in entry_points(group="pegbox.commands")]
+        rows = [(entry.name, f"from {entry.value.split('.')[0]}") for entry in _commands_of_plugins()]
         if rows:
             with formatter.section("Commands of plugins"):
                 formatter.write_dl(sorted(rows))
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        return super().get_command(ctx, cmd_name) or self._of_plugin(cmd_name)
+        own = super().get_command(ctx, cmd_name)
+        entry = next((entry for entry in _commands_of_plugins() if not own and entry.name == cmd_name), None)
+        if entry is None:
+            return own
+        single = typer.Typer(**PLAIN)
+        single.command(cmd_name)(entry.load())
+        return typer.main.get_command(single)
 
-    def _of_plugin(self, name: str) -> Any:
-        from importlib.metadata import entry_points
 
-        for entry in entry_points(group="pegbox.commands", name=name):
-            plugin_app = typer.Typer(add_completion=False, rich_markup_mode=None)
-            plugin_app.command(name)(entry.load())
-            return typer.main.get_command(plugin_app)
-        return None
+def _commands_of_plugins() -> Any:
+    from importlib.metadata import entry_points
+
+    return entry_points(group="pegbox.commands")
 
 
 PLAIN: dict[str, Any] = {"rich_markup_mode": None, "add_completion": False, "pretty_exceptions_enable": False}
@@ -94,16 +95,6 @@ def plan(
         from pegbox.render import show
 
         show(made, as_json=json)
-
-
-@app.command()
-def schema(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[PLUGIN]...", help="Default: all.")] = None,
-) -> None:
-    """Print the JSON schema of configs with these plugins, for editors."""
-    from pegbox.render import show_schema
-
-    show_schema(names)
 
 
 @plugins_app.callback()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
@@ -90,11 +91,8 @@ class Config:
     def origins(self) -> Iterator[tuple[str, Any, Origin]]:
         """Every resolved key with its value and where it came from, in order."""
         for path, value in leaves((), self.resolved()):
-            try:
-                self.layer.find(path)
-                yield dotted(path), value, self.layer.origin(path)
-            except KeyError:
-                yield dotted(path), value, Origin("default")
+            origin = self.layer.origin(path) if self.layer.has(path) else Origin("default")
+            yield dotted(path), value, origin
 
 
 def read_run_section(layer: Layer) -> RunSection:
@@ -153,14 +151,7 @@ def _explain(schema: type[BaseModel], detail: Any, layer: Layer, at: KeyPath) ->
 
 def _existing(layer: Layer, at: KeyPath, loc: KeyPath) -> KeyPath:
     """The part of an error's location that exists in the config; pydantic adds the names of union members."""
-    path: KeyPath = ()
-    for part in loc:
-        try:
-            layer.find((*at, *path, part))
-            path = (*path, part)
-        except KeyError:
-            continue
-    return path
+    return reduce(lambda path, part: (*path, part) if layer.has((*at, *path, part)) else path, loc, ())
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, NoReturn, ParamSpec, TypeVar
 
 from pegbox.errors import fail
 from pegbox.events import Event, Signal
@@ -74,7 +74,7 @@ class Context:
     runtime: Runtime = field(init=False, repr=False)
     processor: Processor = field(init=False, repr=False)
     total_steps: int | None = field(init=False)
-    _warned: set[str] = field(default_factory=set)
+    log: ClassVar[logging.Logger] = logging.getLogger("pegbox")
     _phase_observers: list[Callable[[Phase], None]] = field(default_factory=list)
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -118,12 +118,6 @@ class Context:
         from pegbox.assembly import open_frozen_model
 
         return open_frozen_model(self, role, request)
-
-    def warn_once(self, message: str) -> None:
-        """Log a warning the first time it is said."""
-        if message not in self._warned:
-            self._warned.add(message)
-            logging.getLogger("pegbox").warning(message)
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:

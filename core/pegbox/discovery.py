@@ -13,7 +13,9 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import Distribution, PackageNotFoundError, entry_points
+from operator import eq, ge, gt, le, lt, ne
 from pathlib import Path
+from traceback import extract_tb
 from types import ModuleType
 
 from pegbox import __version__
@@ -73,7 +75,7 @@ def load(name: str, installed: Mapping[str, list[Installed]], folder: Path) -> t
     except PegboxError:
         raise
     except Exception as error:
-        problem = f"{type(error).__name__}: {error}{_line_in(error, plugin)}"
+        problem = f"{type(error).__name__}: {error}{_line_in(error)}"
         raise fail("plugin-broken", name=plugin.name, origin=plugin, problem=problem, value=plugin.value) from error
     raise fail("plugin-no-class", name=plugin.name, origin=plugin, attribute=attribute or LOCAL_CLASS)
 
@@ -96,13 +98,10 @@ def _import_file(path: Path, module_name: str) -> ModuleType:
     return module
 
 
-def _line_in(error: Exception, plugin: Installed) -> str:
-    """` (file:line)` of the innermost frame, or nothing."""
-    traceback, where = error.__traceback__, ""
-    while traceback is not None:
-        where = f" ({Path(traceback.tb_frame.f_code.co_filename).name}:{traceback.tb_lineno})"
-        traceback = traceback.tb_next
-    return where
+def _line_in(error: Exception) -> str:
+    """` (file:line)` of the innermost frame."""
+    frame = extract_tb(error.__traceback__)[-1]
+    return f" ({Path(frame.filename).name}:{frame.lineno})"
 
 
 def check_api(plugin: Installed, core_version: str = __version__) -> None:
@@ -118,24 +117,17 @@ def check_api(plugin: Installed, core_version: str = __version__) -> None:
 
 
 def admits(specifiers: str, version: str) -> bool:
-    """Whether a release version satisfies comma-separated `>= > <= < == != ~=` specifiers (PEP 440 releases)."""
-    have = _release(version)
-    for text in filter(None, (part.strip() for part in specifiers.split(","))):
-        match = re.fullmatch(r"(~=|==|!=|<=|>=|<|>)\s*([\d.]+?)(\.\*)?", text)
-        if not match:
-            return False
-        wanted = _release(match[2])
-        width = len(wanted) if match[3] else max(len(have), len(wanted))
-        a, b = ((*release, *(0,) * width)[:width] for release in (have, wanted))
-        compatible = a >= b and a[: len(wanted) - 1] == wanted[:-1]
-        holds = {"==": a == b, "!=": a != b, ">=": a >= b, "<=": a <= b, ">": a > b, "<": a < b, "~=": compatible}
-        if not holds[match[1]]:
-            return False
-    return True
+    """Whether a version satisfies comma-separated `>= > <= < == !=` specifiers; what else is written admits nothing."""
+    compare = {">=": ge, ">": gt, "<=": le, "<": lt, "==": eq, "!=": ne}
+    parts = [
+        re.fullmatch(r"(>=|<=|==|!=|<|>)\s*([\d.]+)", part.strip()) for part in specifiers.split(",") if part.strip()
+    ]
+    return all(part is not None and compare[part[1]](_release(version), _release(part[2])) for part in parts)
 
 
 def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", re.split(r"[a-z+]", version, maxsplit=1)[0]))
+    """The first three numbers of a version."""
+    return tuple(int(number) for number in [*re.findall(r"\d+", version), "0", "0", "0"][:3])
 
 
 def versions(names: Iterable[str]) -> dict[str, str]:

@@ -26,18 +26,7 @@ if TYPE_CHECKING:
 
 RECORD = "run.json"
 CONFIG = "config.yaml"
-LIBRARIES = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "peft",
-    "datasets",
-    "trl",
-    "triton",
-    "bitsandbytes",
-    "vllm",
-    "safetensors",
-)
+LIBRARIES = ("torch", "transformers", "accelerate", "peft", "datasets", "trl", "triton", "bitsandbytes", "vllm")
 
 
 def claim(folder: Path, resume: str | None) -> None:
@@ -79,15 +68,12 @@ class Record:
 
     @classmethod
     def open(cls, ctx: Context, train: Examples, held_out: Examples | None) -> Record:
-        plugins = [active.origin.distribution for active in ctx.kernel.active.values()]
-        splits = [examples for examples in (train, held_out) if examples is not None]
+        own = ["pegbox-core", *(active.origin.distribution for active in ctx.kernel.active.values())]
+        splits = [rows for rows in (train, held_out) if rows is not None]
         content: dict[str, Any] = {
             "plan": ctx.plan.to_json(),
             "digest": ctx.plan.digest(),
-            "versions": {
-                "python": platform.python_version(),
-                **versions(["pegbox-core", *plugins, *LIBRARIES]),
-            },
+            "versions": {"python": platform.python_version(), **versions([*own, *LIBRARIES])},
             "data": {rows.split: {"rows": len(rows), "fingerprint": rows.fingerprint} for rows in splits},
             "processor": ctx.processor.fingerprint,
             "world_size": ctx.runtime.world_size,

@@ -38,14 +38,21 @@ PROJECT = "pegbox"
 hookimpl = HookimplMarker(PROJECT)
 
 Stage = Literal["base", "adapted", "recompute", "compile"]
-Semantics = Literal["register", "configure", "own", "patch", "fan_out", "observe"]
+MEANING = {
+    "register": "declares, in list order",
+    "configure": "merged field by field",
+    "own": "the one owner",
+    "patch": "may patch; collisions are errors",
+    "fan_out": "all run, results kept by name",
+    "observe": "observes, in list order",
+}
 
-VERBS: dict[str, Semantics] = {"register": "register", "configure": "configure", "patch": "patch", "on": "observe"}
+VERBS = {"register": "register", "configure": "configure", "patch": "patch", "on": "observe"}
 VERBS.update(dict.fromkeys(("load", "build", "apply", "place", "run", "generate", "open", "export"), "own"))
 VERBS.update(dict.fromkeys(("score", "sync"), "fan_out"))
 
 
-def semantics(hook_name: str) -> Semantics:
+def semantics(hook_name: str) -> str:
     """What the verb of a hook name means, e.g. `own` for `load_model`."""
     return VERBS[hook_name.split("_", 1)[0]]
 

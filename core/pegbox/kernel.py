@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import CodeType, SimpleNamespace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from pluggy import PluginManager
@@ -60,6 +60,12 @@ class Active:
         return f"'{self.name}' ({self.origin})"
 
 
+class _Part(SimpleNamespace):
+    """The wrappers, or the other implementations, of one plugin, as pluggy registers them."""
+
+    __hash__ = object.__hash__
+
+
 @dataclass
 class Kernel:
     """The active plugins, composed."""
@@ -84,8 +90,7 @@ class Kernel:
             origin, instance = ready or load(name, installed, folder)
             if origin.name in active:
                 raise fail("plugin-name-taken", name=origin.name, both=f"{active[origin.name].origin} and {origin}")
-            found = tuple(_implementations(origin, instance))
-            active[origin.name] = Active(origin.name, origin, instance, found)
+            active[origin.name] = Active(origin.name, origin, instance, tuple(_implementations(origin, instance)))
         return cls(active, installed)
 
     def __post_init__(self) -> None:
@@ -100,15 +105,13 @@ class Kernel:
             self._register(plugin, wrapper=True)
         self._owners: dict[str, dict[str, str]] = {hook: {} for hook in OWNED}
         self._callers: dict[tuple[str, str], Callable[..., Any]] = {}
-        self._plugin_of: dict[CodeType, str] = {
-            inspect.unwrap(i.function).__code__: i.plugin for i in self.implementations()
-        }
+        self._plugin_of = {inspect.unwrap(i.function).__code__: i.plugin for i in self.implementations()}
         self._observers = self.implementations("on_event")
         self._items = self._collect_items()
 
     def _register(self, plugin: Active, *, wrapper: bool) -> object:
         methods = {i.hook: i.function for i in plugin.implementations if i.wrapper is wrapper}
-        part = type("Part", (SimpleNamespace,), {"__hash__": object.__hash__})(**methods)
+        part = _Part(**methods)
         self._manager.register(part, name=f"{plugin.name}/{'wrappers' if wrapper else 'hooks'}")
         return part
 
@@ -121,19 +124,17 @@ class Kernel:
 
     def choose_owners(self, use: Mapping[str, str]) -> None:
         """Find the one owner of each exclusive hook; `use` settles where several plugins could be it."""
-        unused = dict(use)
+        jobs = set()
         for hook in OWNED:
             candidates = [i.plugin for i in self.implementations(hook, wrapper=False)]
             for form, able in self._by_format(hook, candidates).items():
                 job = job_name(hook, form)
-                wanted = use.get(job) or use.get(hook)
-                self._owners[hook][form] = owner = self._one(job, able, wanted)
+                jobs |= {job, hook}
+                self._owners[hook][form] = owner = self._one(job, able, use.get(job) or use.get(hook))
                 others = [self._parts[name] for name in candidates if name != owner]
                 self._callers[hook, form] = self._manager.subset_hook_caller(hook, others)
-                unused.pop(job, None)
-                unused.pop(hook, None)
-        for job, plugin in unused.items():
-            raise fail("use-wrong-hook", job=job, plugin=plugin, hint=did_you_mean(job, OWNED, "Hooks with one owner:"))
+        for job in use.keys() - jobs:
+            raise fail("use-wrong-hook", job=job, plugin=use[job], hint=did_you_mean(job, jobs, "Jobs with an owner:"))
 
     def _by_format(self, hook: str, candidates: list[str]) -> dict[str, list[str]]:
         if hook not in PER_FORMAT:
@@ -142,8 +143,7 @@ class Kernel:
         for plugin in candidates:
             own = [item.name for name, item in self._items if name == plugin and item.kind == PER_FORMAT[hook]]
             if not own:
-                origin = self.active[plugin].origin
-                raise fail("no-format", name=plugin, origin=origin, hook=hook, kind=PER_FORMAT[hook])
+                raise fail("no-format", plugin=self.active[plugin], hook=hook, kind=PER_FORMAT[hook])
             for form in own:
                 formats.setdefault(form, []).append(plugin)
         return formats
@@ -162,13 +162,11 @@ class Kernel:
 
     def no_owner(self, hook: str, form: str = "") -> PegboxError:
         """The error for a job that nobody does, naming the installed plugins that could do it."""
-        able = [
-            name for name, found in self.installed.items() if name not in self.active and hook in _hooks_of(found[0])
-        ]
-        hint = f"Installed plugins that do: {', '.join(sorted(able)) or 'none'}."
         if form and self._owners[hook]:
-            hint = f"Formats with an owner: {', '.join(self._owners[hook])}."
-        return fail("no-owner", job=job_name(hook, form), hint=hint)
+            return fail("no-format-owner", job=job_name(hook, form), formats=", ".join(self._owners[hook]))
+        idle = self.installed.keys() - self.active
+        able = sorted(name for name in idle if hook in _hooks_of(self.installed[name][0]))
+        return fail("no-owner", hook=hook, able=", ".join(able) or "none")
 
     # ---- calls ----
 
@@ -186,7 +184,7 @@ class Kernel:
             self._blame(error, hook)
             raise
         if answer is None and hook not in MAY_ANSWER_NONE:
-            raise fail("hook-none", name=owner.name, origin=owner.origin, hook=hook)
+            raise fail("hook-none", plugin=owner, hook=hook)
         split = getattr(arguments.get("dataset"), "split", arguments.get("split", "train"))
         if isinstance(answer, Stateful) and split == "train":
             ctx.register_state(f"{owner.name}/{hook.split('_', 1)[1]}", answer)
@@ -210,7 +208,7 @@ class Kernel:
             except Exception as error:
                 if not getattr(self.active[observer.plugin].instance, "best_effort", False):
                     raise
-                ctx.warn_once(f"{observer.plugin}: {type(error).__name__}: {error} (best effort: the run goes on)")
+                ctx.log.warning("%s: %r (best effort: the run goes on)", observer.plugin, error)
         return signal
 
     def _run(self, implementation: Implementation, arguments: dict[str, Any]) -> Any:
@@ -233,7 +231,7 @@ class Kernel:
 
     def _collect_items(self) -> list[tuple[str, Item]]:
         items = [(plugin, item) for plugin, declared in self.each(hooks.register_items) for item in declared]
-        for kind in {item.kind for _, item in items} - set(PER_FORMAT.values()):
+        for kind in {item.kind for _, item in items} - {*PER_FORMAT.values()}:
             self._unique_names(kind, [(plugin, item.name) for plugin, item in items if item.kind == kind])
         return items
 
@@ -242,9 +240,7 @@ class Kernel:
         for plugin, name in named:
             if name in first:
                 both = f"{self.active[first[name]]} and {self.active[plugin]}"
-                raise fail(
-                    "result-twice" if what in SPECS else "item-twice", hook=what, kind=what, name=name, both=both
-                )
+                raise fail("name-twice", what=what, name=name, both=both)
             first[name] = plugin
 
     def items(self, kind: str) -> dict[str, Item]:
@@ -282,34 +278,31 @@ def _implementations(origin: Installed, instance: object) -> Iterator[Implementa
         options = getattr(function, f"{hooks.PROJECT}_impl", None)
         if function is None or not isinstance(options, dict):
             continue
-        problem, why = _broken_rule(hook, function, options)
-        if problem:
-            raise fail("hook-rule", name=origin.name, origin=origin, hook=hook, problem=problem, why=why)
+        broken = _broken_rule(hook, function, options)
+        if broken:
+            raise fail("hook-rule", name=origin.name, origin=origin, hook=hook, problem=broken)
         arguments = tuple(inspect.signature(function).parameters)
         yield Implementation(hook, origin.name, function, arguments, bool(options.get("wrapper")))
 
 
-def _broken_rule(hook: str, function: Callable[..., Any], options: Mapping[str, Any]) -> tuple[str, str]:
-    """What is wrong with an implementation and why that is a rule; two empty strings if nothing is."""
+def _broken_rule(hook: str, function: Callable[..., Any], options: Mapping[str, Any]) -> str:
+    """What is wrong with an implementation; an empty string if nothing is."""
     if hook not in SPECS:
-        return "there is no such hook", did_you_mean(hook, SPECS, "Hooks:")
+        return f"there is no such hook. {did_you_mean(hook, SPECS, 'Hooks:')}"
     banned = [key for key in ("tryfirst", "trylast", "specname", "hookwrapper", "optionalhook") if options.get(key)]
     if banned:
-        return (
-            f"uses {', '.join(banned)}",
-            "The order of calls is the order of plugins in the config; only wrapper=True is known.",
-        )
+        return f"uses {', '.join(banned)}; the order of calls is the order of plugins, only wrapper=True is known"
     known = inspect.signature(SPECS[hook]).parameters
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.default is not parameter.empty or parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
-            return f"argument '{name}' has a default or is starred", "Versions of pluggy treat these differently."
+            return f"argument '{name}' has a default or is starred, which versions of pluggy treat differently"
         if name not in known:
-            return f"unknown argument '{name}'", f"The hook passes: {', '.join(known) or 'nothing'}."
+            return f"unknown argument '{name}'; the hook passes: {', '.join(known) or 'nothing'}"
     if options.get("wrapper") and hook not in OWNED:
-        return "it cannot be wrapped", "Wrappers refine the result of a hook that has one owner."
+        return "it cannot be wrapped: wrappers refine the result of a hook that has one owner"
     if options.get("wrapper") and not inspect.isgeneratorfunction(inspect.unwrap(function)):
-        return "a wrapper must be a generator", "It yields once, receives the result, and returns the refined one."
-    return "", ""
+        return "a wrapper must be a generator: it yields once, receives the result, and returns the refined one"
+    return ""
 
 
 def _hooks_of(plugin: Installed) -> set[str]:

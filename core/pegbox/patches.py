@@ -9,7 +9,7 @@ no-op. The idea of declared, fqn-targeted replacements with per-node conflicts f
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +32,6 @@ class Applied:
     calls: Callable[[], int]
     stop_counting: Callable[[], None] = lambda: None
 
-    def describe(self) -> str:
-        return f"{self.patch.slot} of {self.module_name} ({self.kind}), by plugin '{self.plugin}'"
-
 
 @dataclass
 class PatchLog:
@@ -49,77 +46,49 @@ class PatchLog:
         Raises:
             PatchError: a target matches nothing, a required trait is missing, or two patches collide.
         """
-        for plugin, patches in answers:
-            for patch in patches:
-                self._apply_one(model, plugin, patch)
+        for plugin, patch in ((plugin, patch) for plugin, patches in answers for patch in patches):
+            modules = dict(model.module.named_modules())
+            for name in _targets(model, modules, plugin, patch):
+                self._replace(model.module, plugin, patch, name, modules[name])
 
-    def _apply_one(self, model: Model, plugin: str, patch: ModulePatch) -> None:
-        labels = {"slot": patch.slot, "plugin": plugin, "model": model.name}
-        missing = ", ".join(sorted(patch.requires - model.traits))
-        if missing:
-            traits = ", ".join(sorted(model.traits)) or "no traits"
-            raise fail("patch-trait", missing=missing, traits=traits, reason=patch.reason, **labels)
-        modules = dict(model.module.named_modules())
-        targets = [name for name, module in modules.items() if _matches(patch.target, name, module)]
-        if not targets:
-            target = patch.target if isinstance(patch.target, str) else patch.target.__name__
-            leaves = {name.rsplit(".", 1)[-1] for name in modules if name}
-            near = nearest(target.rsplit(".", 1)[-1], leaves) or sorted(leaves)[:5]
-            raise fail("patch-idle-target", target=target, near=", ".join(near), **labels)
-        for name in targets:
-            self._check_collision(model, plugin, patch, name)
-        for name in targets:
-            self._replace(model, plugin, patch, name, modules[name])
-
-    def _check_collision(self, model: Model, plugin: str, patch: ModulePatch, name: str) -> None:
-        for other in self._roots.get(id(model.module), []):
-            above = other.kind == "module" and other.plugin != plugin and name.startswith(f"{other.module_name}.")
-            if above or (other.module_name == name and other.patch.slot == patch.slot):
-                why = (
-                    f"'{other.plugin}' already replaced {other.module_name}."
-                    if above
-                    else "One module and slot takes one patch."
-                )
-                self._collide(other, plugin, patch, name, why)
-
-    def _collide(self, other: Applied, plugin: str, patch: ModulePatch, name: str, why: str) -> None:
-        """Two patches meet: an error, unless the second one says that it builds upon the first."""
-        if other.plugin == plugin or other.plugin not in patch.after:
-            first = {"first": other.plugin, "first_reason": other.patch.reason}
-            second = {"second": plugin, "second_reason": patch.reason}
-            raise fail("patch-collision", slot=patch.slot, module=name, why=why, **first, **second)
-
-    def _replace(self, model: Model, plugin: str, patch: ModulePatch, name: str, old: Module) -> None:
+    def _replace(self, root: Module, plugin: str, patch: ModulePatch, name: str, old: Any) -> None:
         new: Any = patch.replace(old)
-        labels = {"slot": patch.slot, "plugin": plugin}
-        if new is old:
-            raise fail("patch-same", module=name, **labels)
+        if new is old or (not name and hasattr(new, "named_modules")):
+            raise fail("patch-result", slot=patch.slot, plugin=plugin, module=name or "the whole model")
+        path, _, leaf = name.rpartition(".")
         if isinstance(new, SeamChange):
-            kind, calls, holder, attribute, value = "seam", new.calls, new.holder, new.attribute, new.value
+            kind, holder, attribute, value = "seam", new.holder, new.attribute, new.value
         elif hasattr(new, "named_modules"):
-            if not name:
-                raise fail("patch-root", **labels)
-            for other in self._roots.get(id(model.module), []):
-                if other.module_name.startswith(f"{name}."):
-                    self._collide(
-                        other,
-                        plugin,
-                        patch,
-                        name,
-                        f"{other.module_name}, patched before, lies inside and would be lost.",
-                    )
-            parent, _, attribute = name.rpartition(".")
-            kind, calls, holder, value = "module", None, model.module.get_submodule(parent), new
+            kind, holder, attribute, value = "module", root.get_submodule(path), leaf, new
         else:
-            kind, calls, holder, attribute, value = "forward", None, old, "forward", new
+            kind, holder, attribute, value = "forward", old, "forward", new
+        self._refuse_collision(root, plugin, patch, name, kind)
         applied = Applied(plugin, patch, name, kind, _set(holder, attribute, value), lambda: 0)
-        if calls is not None:
-            before = calls()
-            applied.calls = lambda: calls() - before
+        if isinstance(new, SeamChange):
+            before = new.calls()
+            applied.calls = lambda: new.calls() - before
         else:
             _count_calls(applied, new if kind == "module" else old)
         self.applied.append(applied)
-        self._roots.setdefault(id(model.module), []).append(applied)
+        self._roots.setdefault(id(root), []).append(applied)
+
+    def _refuse_collision(self, root: Module, plugin: str, patch: ModulePatch, name: str, kind: str) -> None:
+        """Refuse a second patch on a module and slot, inside a replaced module, or around a patched one.
+
+        A patch of another plugin named in `after` is built upon, and no collision.
+        """
+        for other in self._roots.get(id(root), []):
+            if other.plugin != plugin and other.plugin in patch.after:
+                continue
+            where = "on" if other.module_name == name and other.patch.slot == patch.slot else ""
+            if other.kind == "module" and other.plugin != plugin and name.startswith(f"{other.module_name}."):
+                where = "around"
+            if kind == "module" and other.module_name.startswith(f"{name}."):
+                where = "inside"
+            if where:
+                first = {"first": other.plugin, "first_reason": other.patch.reason, "first_module": other.module_name}
+                second = {"second": plugin, "second_reason": patch.reason, "module": name}
+                raise fail("patch-collision", slot=patch.slot, where=where, **first, **second)
 
     def adopt(self, old: Model, new: Model) -> None:
         """The patches of `old` now belong to `new`: an adapter wrapped its module."""
@@ -132,12 +101,11 @@ class PatchLog:
         Raises:
             PatchError: naming each patch that was not called.
         """
-        idle = [applied.describe() for applied in self.applied if applied.calls() == 0]
+        idle = [f"{a.patch.slot} of {a.module_name}, by '{a.plugin}'" for a in self.applied if a.calls() == 0]
         for applied in self.applied:
             applied.stop_counting()
         if idle:
-            more = [f"and {len(idle) - 5} more"] if len(idle) > 5 else []
-            lines = "".join(f"\n- {line}" for line in [*idle[:5], *more])
+            lines = "".join(f"\n- {line}" for line in idle[:5])
             raise fail("patch-never-called", count=len(idle), all=len(self.applied), lines=lines)
 
     def undo(self) -> None:
@@ -159,10 +127,23 @@ class PatchLog:
         return [{**dict(zip(keys, group, strict=True)), "modules": names} for group, names in groups.items()]
 
 
-def _matches(target: str | Callable[[str, Module], bool], name: str, module: Module) -> bool:
-    if not isinstance(target, str):
-        return target(name, module)
-    return _pattern(target).fullmatch(name) is not None
+def _targets(model: Model, modules: Mapping[str, Module], plugin: str, patch: ModulePatch) -> list[str]:
+    """The names of the modules that a patch is for; there must be some, and the model must have the required traits."""
+    labels = {"slot": patch.slot, "plugin": plugin, "model": model.name}
+    missing = ", ".join(sorted(patch.requires - model.traits))
+    if missing:
+        traits = ", ".join(sorted(model.traits)) or "no traits"
+        raise fail("patch-trait", missing=missing, traits=traits, reason=patch.reason, **labels)
+    target = patch.target
+    if isinstance(target, str):
+        names = [name for name in modules if _pattern(target).fullmatch(name)]
+    else:
+        names = [name for name, module in modules.items() if target(name, module)]
+    if not names:
+        leaves = {name.rsplit(".", 1)[-1] for name in modules if name}
+        near = nearest(str(target).rsplit(".", 1)[-1], leaves) or sorted(leaves)[:5]
+        raise fail("patch-idle-target", target=target, near=", ".join(near), **labels)
+    return names
 
 
 def _pattern(glob: str) -> re.Pattern[str]:
@@ -172,18 +153,11 @@ def _pattern(glob: str) -> re.Pattern[str]:
 
 
 def _set(holder: Any, attribute: str, value: object) -> Callable[[], None]:
-    """Set an attribute of an instance; what is returned sets it back, or takes it away if the instance had none."""
-    own = vars(holder) if attribute == "forward" else None
-    before = getattr(holder, attribute) if own is None else own.get(attribute)
+    """Set an attribute of an instance; what is returned sets it back, or takes it away if only the class had one."""
+    inherited = attribute not in vars(holder) and attribute not in getattr(holder, "_modules", ())
+    before = getattr(holder, attribute)
     setattr(holder, attribute, value)
-
-    def undo() -> None:
-        if before is None and own is not None:
-            delattr(holder, attribute)
-        else:
-            setattr(holder, attribute, before)
-
-    return undo
+    return lambda: delattr(holder, attribute) if inherited else setattr(holder, attribute, before)
 
 
 def _count_calls(applied: Applied, module: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,18 +24,10 @@ if TYPE_CHECKING:
     from pegbox.types import Runtime
 
 NEEDED = (
-    "build_runtime load_processor build_dataset load_model place_model build_loss build_batches build_optimizer "
-    "open_checkpoints run_training export_model"
-).split()
+    *("build_runtime", "load_processor", "build_dataset", "load_model", "place_model", "build_loss", "build_batches"),
+    *("build_optimizer", "open_checkpoints", "run_training", "export_model"),
+)
 """Hooks that a training run cannot do without."""
-
-REASONS = {
-    "register": "declares, in list order",
-    "configure": "merged field by field",
-    "patch": "may patch; collisions are errors",
-    "fan_out": "all run, results kept by name",
-    "observe": "observes, in list order",
-}
 
 
 @dataclass(frozen=True)
@@ -63,9 +55,7 @@ class Plan:
         return {
             "pegbox": __version__,
             "plugins": [{"name": name, "from": origin} for name, origin in self.plugins],
-            "hooks": [
-                {"hook": j.hook, "plugins": j.plugins, "wrappers": j.wrappers, "reason": j.reason} for j in self.jobs
-            ],
+            "hooks": [asdict(job) for job in self.jobs],
             "config": [{"key": key, "value": value, "from": origin} for key, value, origin in self.values],
             **({"model": self.model, "patches": self.patches} if self.model else {}),
         }
@@ -118,15 +108,13 @@ def make_plan(config: Config, kernel: Kernel) -> Plan:
     for hook in SPECS:
         wrappers = tuple(i.plugin for i in kernel.implementations(hook, wrapper=True))
         kind = hooks.semantics(hook)
+        plain = tuple(i.plugin for i in kernel.implementations(hook, wrapper=False))
         if kind == "own":
-            candidates = [i.plugin for i in kernel.implementations(hook, wrapper=False)]
             for form, owner in kernel.owners(hook).items():
-                reason = "the only one" if len(candidates) == 1 or form else "chosen by use"
+                reason = "chosen by use" if {hook, job_name(hook, form)} & config.run.use.keys() else "the only one"
                 jobs.append(Job(job_name(hook, form), (owner,), wrappers, reason))
-        else:
-            everyone = tuple(i.plugin for i in kernel.implementations(hook))
-            if everyone:
-                jobs.append(Job(hook, everyone, (), REASONS[kind]))
+        elif plain:
+            jobs.append(Job(hook, plain, (), hooks.MEANING[kind]))
     values = tuple((key, value, str(origin)) for key, value, origin in config.origins())
     return Plan(plugins, tuple(jobs), values)
 
@@ -136,13 +124,9 @@ def plan_model(ctx: Context) -> Plan:
     from pegbox.assembly import model_request, prepare_model
 
     model = prepare_model(ctx, model_request(ctx, meta=True))
-    parameters = list(model.module.parameters())
-    facts = {
-        "name": model.name,
-        "traits": sorted(model.traits),
-        "parameters": sum(p.numel() for p in parameters),
-        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
-    }
+    sizes = [(p.numel(), p.numel() * p.requires_grad) for p in model.module.parameters()]
+    total, trainable = (sum(column) for column in zip(*sizes, strict=True))
+    facts = {"name": model.name, "traits": sorted(model.traits), "parameters": total, "trainable": trainable}
     patches = ctx.kernel.patches.summary()
     ctx.kernel.patches.undo()
-    return Plan(ctx.plan.plugins, ctx.plan.jobs, ctx.plan.values, patches, facts)
+    return replace(ctx.plan, patches=patches, model=facts)

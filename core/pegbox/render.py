@@ -6,7 +6,6 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -70,26 +69,6 @@ def show_plugins(*, as_json: bool) -> None:
     else:
         rows = [(plugin.name, str(plugin), plugin.value) for plugin in sorted(found, key=lambda plugin: plugin.name)]
         _print_tables([("Installed plugins (active only in runs that list them)", ("plugin", "from", "object"), rows)])
-
-
-def show_schema(names: Sequence[str] | None) -> None:
-    """Print the JSON schema of a config with the given plugins; without names, with every installed one."""
-    from pegbox.config import RunSection
-    from pegbox.discovery import discover
-    from pegbox.kernel import Kernel
-
-    schemas = Kernel.activate(
-        names or [name for name, found in discover().items() if len(found) == 1], Path()
-    ).schemas()
-    whole = RunSection.model_json_schema()
-    whole["properties"]["extends"] = {"type": "string", "description": "A config or recipe that this one builds upon."}
-    whole["properties"].update(
-        {
-            name: schema.model_json_schema(ref_template=f"#/properties/{name}/$defs/{{model}}")
-            for name, schema in schemas.items()
-        }
-    )
-    print(json.dumps(whole, indent=1))
 
 
 def _text(value: Any) -> str:

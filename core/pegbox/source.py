@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import getitem
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -46,13 +49,14 @@ class Layer:
         return next((origin for origin in known if origin), Origin("default"))
 
     def find(self, path: KeyPath) -> Any:
-        """The value at a key path; KeyError if there is none."""
-        value: Any = self.data
-        for part in path:
-            if not _has(value, part):
-                raise KeyError(path)
-            value = value[part]
-        return value
+        """The value at a key path; LookupError or TypeError if there is none."""
+        return reduce(getitem, path, self.data)
+
+    def has(self, path: KeyPath) -> bool:
+        """Whether there is a value at a key path."""
+        with suppress(LookupError, TypeError):
+            return self.find(path) is not Ellipsis
+        return False
 
     def merge(self, above: Layer) -> Layer:
         """This layer with `above` laid over it."""
@@ -64,24 +68,17 @@ class Layer:
         for key, value in above.find(path).items():
             inner = (*path, key)
             if isinstance(below, list) and key not in range(len(below)):
-                place = {"above": dotted(path), "seen": f"{len(below)} values"}
-                raise fail("override-place", key=dotted(inner), origin=above.origin(inner), **place)
-            old = below[key] if _has(below, key) else None
-            if isinstance(value, dict) and (isinstance(old, dict) or (isinstance(old, list) and _numbered(value))):
+                seen = {"above": dotted(path), "origin": above.origin(inner), "count": len(below)}
+                raise fail("override-place", key=dotted(inner), **seen)
+            old = below.get(key) if isinstance(below, dict) else below[key]
+            numbered = isinstance(value, dict) and value and all(isinstance(part, int) for part in value)
+            if isinstance(value, dict) and (isinstance(old, dict) or (isinstance(old, list) and numbered)):
                 self._lay(inner, old, above)
                 continue
             below[key] = deepcopy(value)
             for known in [known for known in self.origins if known[: len(inner)] == inner]:
                 del self.origins[known]
             self.origins.update((k, o) for k, o in above.origins.items() if k[: len(inner)] == inner)
-
-
-def _numbered(value: dict[Any, Any]) -> bool:
-    return bool(value) and all(isinstance(key, int) for key in value)
-
-
-def _has(holder: Any, part: str | int) -> bool:
-    return part in holder if isinstance(holder, dict) else isinstance(holder, list) and part in range(len(holder))
 
 
 def leaves(path: KeyPath, value: Any, *, branches: bool = False) -> Iterator[tuple[KeyPath, Any]]:
@@ -123,7 +120,7 @@ def parse_override(text: str) -> tuple[KeyPath, Any]:
     if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key.strip()):
         raise fail("override-form", text=text)
     try:
-        parsed = yaml.load(value, Loader=_Loader)  # noqa: S506 - a safe loader
+        parsed = yaml.load(value, Loader=_Loader)
     except yaml.YAMLError as error:
         raise fail("config-no-yaml", where=f"override '{text}'", problem=_problem(error)) from error
     return tuple(int(part) if part.isdigit() else part for part in key.strip().split(".")), parsed
@@ -201,7 +198,7 @@ def _build(node: yaml.Node, path: KeyPath, layer: Layer, label: str, loader: _Lo
 class _Loader(yaml.SafeLoader):
     """A safe loader with the scalars of YAML 1.2's core schema."""
 
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
 
 _NUMBER = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"

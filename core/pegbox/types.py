@@ -20,10 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, dataclass_transform, runtime_checkable
 
 if TYPE_CHECKING:
-    from torch import Tensor, device
-    from torch.nn import Module
-    from torch.optim import Optimizer
-    from torch.optim.lr_scheduler import LRScheduler
+    from torch import Tensor, device, nn, optim
     from transformers import PreTrainedTokenizerBase
 
     from pegbox.section import Section
@@ -179,7 +176,7 @@ class BatchSource(Stateful, Protocol):
     """
 
     total_steps: int | None
-    """Optimizer steps of the whole run from step 0, as the config asks; None for an evaluation source."""
+    """optim.Optimizer steps of the whole run from step 0, as the config asks; None for an evaluation source."""
 
     def __iter__(self) -> Iterator[Sequence[Batch]]: ...
     def describe(self, batch: Batch) -> str:
@@ -232,10 +229,10 @@ class Placement(Protocol):
     def clip_gradients(self, max_norm: float | None) -> Tensor:
         """Clip the global gradient norm and return it as it was before, on the device. None: only measure."""
 
-    def save(self, folder: Path, optimizer: Optimizer) -> None:
+    def save(self, folder: Path, optimizer: optim.Optimizer) -> None:
         """Write trainable parameters, buffers and optimizer state. Every rank calls it; the folder exists."""
 
-    def load(self, folder: Path, optimizer: Optimizer) -> None:
+    def load(self, folder: Path, optimizer: optim.Optimizer) -> None:
         """Read back what `save` wrote, exactly."""
 
 
@@ -253,11 +250,11 @@ class Model(Record):
         placement, forward: set by `place_model`; `forward(batch, needs)` runs `compute` on the placed module.
     """
 
-    module: Module
+    module: nn.Module
     name: str
     base: str
     format: str
-    compute: Callable[[Module, Batch, frozenset[Need]], Outputs]
+    compute: Callable[[nn.Module, Batch, frozenset[Need]], Outputs]
     role: Role = "policy"
     traits: frozenset[str] = frozenset()
     adapter: str | None = None
@@ -279,8 +276,8 @@ class ModulePatch(Record):
     """
 
     slot: str
-    target: str | Callable[[str, Module], bool]
-    replace: Callable[[Module], Module | Callable[..., object] | SeamChange]
+    target: str | Callable[[str, nn.Module], bool]
+    replace: Callable[[nn.Module], nn.Module | Callable[..., object] | SeamChange]
     reason: str
     source: str = ""
     requires: frozenset[str] = frozenset()
@@ -359,8 +356,8 @@ class ParameterGroup(Record):
 class Optimization(Record):
     """The optimizer and its learning-rate schedule, stepped together."""
 
-    optimizer: Optimizer
-    schedule: LRScheduler
+    optimizer: optim.Optimizer
+    schedule: optim.lr_scheduler.LRScheduler
 
 
 class Checkpoint(Record):
