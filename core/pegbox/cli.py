@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+
+from pegbox.discovery import discover
 
 
 class Commands(TyperGroup):
@@ -19,25 +22,20 @@ class Commands(TyperGroup):
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         super().format_commands(ctx, formatter)
-        rows = [(entry.name, f"from {entry.value.split('.')[0]}") for entry in _commands_of_plugins()]
+        rows = [(name, f"from {found[0]}") for name, found in discover("pegbox.commands").items()]
         if rows:
             with formatter.section("Commands of plugins"):
                 formatter.write_dl(sorted(rows))
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         own = super().get_command(ctx, cmd_name)
-        entry = next((entry for entry in _commands_of_plugins() if not own and entry.name == cmd_name), None)
-        if entry is None:
+        found = None if own else discover("pegbox.commands").get(cmd_name)
+        if not found:
             return own
+        module, _, function = found[0].value.partition(":")
         single = typer.Typer(**PLAIN)
-        single.command(cmd_name)(entry.load())
+        single.command(cmd_name)(getattr(import_module(module), function))
         return typer.main.get_command(single)
-
-
-def _commands_of_plugins() -> Any:
-    from importlib.metadata import entry_points
-
-    return entry_points(group="pegbox.commands")
 
 
 PLAIN: dict[str, Any] = {"rich_markup_mode": None, "add_completion": False, "pretty_exceptions_enable": False}
@@ -139,6 +137,8 @@ def _torchrun(processes: int, arguments: list[str]) -> int:
 
 def main() -> None:
     """The console script: errors that Pegbox raises on purpose are printed without a trace."""
+    # An installed package must not change what a run does: pydantic's plugins stay out, and start-up is shorter.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
         app()
     except Exception as error:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pegbox.discovery import versions
 from pegbox.errors import did_you_mean, fail
 
 if TYPE_CHECKING:
@@ -105,3 +107,12 @@ def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.new")
     temporary.write_text(text + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def versions(names: Iterable[str]) -> dict[str, str]:
+    """The installed version of each distribution that is installed."""
+    found = {}
+    for name in names:
+        with suppress(PackageNotFoundError, ValueError):
+            found[name] = version(name)
+    return found

@@ -63,7 +63,7 @@ class Active:
 class _Part(SimpleNamespace):
     """The wrappers, or the other implementations, of one plugin, as pluggy registers them."""
 
-    __hash__ = object.__hash__
+    __eq__, __hash__ = object.__eq__, object.__hash__  # pluggy refuses a second plugin that equals the first
 
 
 @dataclass

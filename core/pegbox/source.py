@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import yaml
 
+from pegbox.discovery import discover
 from pegbox.errors import did_you_mean, fail
 
 KeyPath = tuple[str | int, ...]
@@ -150,10 +151,9 @@ def _extended(layer: Layer, folder: Path, seen: tuple[str, ...]) -> Layer:
 
 def _recipe_path(name: str) -> Path:
     """The file of `recipe://name`: an entry point in the group `pegbox.recipes` with the value `package:file.yaml`."""
-    from importlib.metadata import entry_points
     from importlib.util import find_spec
 
-    recipes = {entry.name: entry.value for entry in entry_points(group="pegbox.recipes")}
+    recipes = {name: found[0].value for name, found in discover("pegbox.recipes").items()}
     wanted = name.removeprefix(RECIPE)
     package, _, file = recipes.get(wanted, "").partition(":")
     spec = find_spec(package) if package else None

@@ -1,0 +1,104 @@
+"""Which functions and methods of other packages a piece of code replaced.
+
+A patch belongs to one instance of one model. Code that assigns to a class or a module of another package changes every model of
+the process, cannot be undone, and meets the next one who does the same. The fingerprint is every function and
+class of the loaded modules and every attribute of those classes, compared by identity.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from types import FunctionType, ModuleType
+
+from pegbox.testing.rule import require
+
+FOREIGN = (
+    "accelerate",
+    "datasets",
+    "pegbox",
+    "peft",
+    "pluggy",
+    "torch._tensor",
+    "torch.autograd",
+    "torch.functional",
+    "torch.nn",
+    "torch.optim",
+    "transformers",
+    "trl",
+)
+WATCHED = ("torch.nn", "torch.optim", "transformers.modeling_utils", "transformers.models.llama.modeling_llama")
+"""Loaded before looking, where installed: what patches reach for."""
+UNSTABLE = ("__pydantic", "_abc_", "__annotations__", "__doc__", "__abstractmethods__", "__parameters__")
+
+Fingerprint = dict[str, object]
+
+
+def load_watched() -> None:
+    """Import what is watched, where it is installed."""
+    for name in WATCHED:
+        if find_spec(name.partition(".")[0]) is not None:
+            import_module(name)
+
+
+def fingerprint() -> Fingerprint:
+    """Every function, class and class attribute of loaded modules of other packages, by dotted name."""
+    found: Fingerprint = {}
+    for name, module in list(sys.modules.items()):
+        if module is not None and _is_foreign(name):
+            found.update(_of_module(name, module))
+    return found
+
+
+def _is_foreign(name: str) -> bool:
+    return any(name == top or name.startswith(f"{top}.") for top in FOREIGN) and not name.startswith("pegbox.testing")
+
+
+def _of_module(name: str, module: ModuleType) -> Iterator[tuple[str, object]]:
+    for key, value in list(vars(module).items()):
+        if isinstance(value, type | FunctionType):
+            yield f"{name}.{key}", value
+        if isinstance(value, type) and value.__module__ == name:
+            yield f"{name}.{key}.__dict__", frozenset(_attributes(value))
+            for attribute in _attributes(value):
+                yield f"{name}.{key}.{attribute}", vars(value)[attribute]
+
+
+def _attributes(cls: type) -> list[str]:
+    return [name for name in vars(cls) if not name.startswith(UNSTABLE)]
+
+
+def changes(before: Fingerprint, after: Fingerprint) -> list[str]:
+    """Names that were there before and are something else now, or are gone; and attributes that classes gained."""
+    changed = []
+    for name, value in before.items():
+        now = after.get(name)
+        if name.endswith(".__dict__") and isinstance(value, frozenset) and isinstance(now, frozenset):
+            cls = name.removesuffix(".__dict__")
+            changed += [f"{cls}.{new}" for new in sorted(now - value)]
+        elif now is not value:
+            changed.append(name)
+    return changed
+
+
+@contextmanager
+def foreign_classes_stay_as_they_are(who: str) -> Iterator[None]:
+    """Raise `RuleBroken` if the block replaces functions or methods of torch, transformers and the like.
+
+    Args:
+        who: whose code runs in the block, for the message.
+    """
+    load_watched()
+    before = fingerprint()
+    yield
+    changed = changes(before, fingerprint())
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    require(
+        not changed,
+        f"{who} changed {', '.join(changed[:3])}{more}",
+        "A class or function of another package serves every model of the process; changing it cannot be undone.",
+        "Return ModulePatch records from patch_modules or patch_attention; the kernel applies them to one model.",
+    )
