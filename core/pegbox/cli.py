@@ -62,7 +62,11 @@ def run(
     require_training(ctx.kernel)
     claim(ctx.folder, ctx.config.run.resume)
     if processes > 1:
-        raise typer.Exit(_torchrun(processes, [config, *(overrides or [])]))
+        import subprocess
+
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        code = subprocess.call([*launcher, "-m", "pegbox", "run", config, *(overrides or [])])
+        raise typer.Exit(1 if code else 0)
     from pegbox.render import log_to_terminal, show_short
     from pegbox.run import execute
 
@@ -126,13 +130,6 @@ def version() -> None:
 
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
-
-
-def _torchrun(processes: int, arguments: list[str]) -> int:
-    import subprocess
-
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.call([*launcher, "-m", "pegbox", "run", *arguments]) and 1
 
 
 def main() -> None:

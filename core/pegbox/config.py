@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from pegbox.errors import PegboxError, did_you_mean, fail
 from pegbox.section import Section, setting
-from pegbox.source import KeyPath, Layer, Origin, dotted, leaves
+from pegbox.source import KeyPath, Layer, dotted, leaves
 
 if TYPE_CHECKING:
     from pegbox.discovery import Installed
@@ -88,11 +89,10 @@ class Config:
         sections = {name: section.model_dump(mode="json") for name, section in self.sections.items()}
         return {**self.run.model_dump(mode="json"), **sections}
 
-    def origins(self) -> Iterator[tuple[str, Any, Origin]]:
+    def origins(self) -> Iterator[tuple[str, Any, str]]:
         """Every resolved key with its value and where it came from, in order."""
         for path, value in leaves((), self.resolved()):
-            origin = self.layer.origin(path) if self.layer.has(path) else Origin("default")
-            yield dotted(path), value, origin
+            yield dotted(path), value, self.layer.origins.get(path, "default")
 
 
 def read_run_section(layer: Layer) -> RunSection:
@@ -132,10 +132,10 @@ def validate(schema: type[S], data: Any, layer: Layer, at: KeyPath) -> S:
 
 def _explain(schema: type[BaseModel], detail: Any, layer: Layer, at: KeyPath) -> PegboxError:
     loc = detail["loc"]
-    path = (*at, *_existing(layer, at, loc))
-    origin, doc = layer.origin(path), _doc(schema, loc)
+    # The part of the location that exists in the config: pydantic adds the names of union members.
+    path: KeyPath = reduce(lambda path, part: (*path, part) if (*path, part) in layer.origins else path, loc, at)
+    origin, (fields, doc) = layer.origin(path), _fields_at(schema, loc)
     if detail["type"] == "extra_forbidden":
-        fields = _model_at(schema, loc[:-1]).model_fields
         place = f"section '{dotted(path[:-1])}'" if len(path) > 1 else "the config"
         return fail(
             "unknown-key", key=loc[-1], place=place, origin=origin, hint=did_you_mean(loc[-1], fields, "Known:")
@@ -149,9 +149,15 @@ def _explain(schema: type[BaseModel], detail: Any, layer: Layer, at: KeyPath) ->
     return fail("value-wrong", key=dotted(path), value=value, origin=origin, problem=problem, doc=doc)
 
 
-def _existing(layer: Layer, at: KeyPath, loc: KeyPath) -> KeyPath:
-    """The part of an error's location that exists in the config; pydantic adds the names of union members."""
-    return reduce(lambda path, part: (*path, part) if layer.has((*at, *path, part)) else path, loc, ())
+def _fields_at(schema: type[BaseModel], loc: KeyPath) -> tuple[Mapping[str, FieldInfo], str]:
+    """The known keys at the end of an error's location, and what the last documented key on the way means."""
+    fields, doc, inside = schema.model_fields, "", [schema]
+    for part in loc:
+        if part in fields:
+            inside, doc = list(_models(fields[str(part)].annotation)), fields[str(part)].description or doc
+        named = [model for model in inside if model.__name__ == part] or inside[:1]
+        fields = named[0].model_fields if named else fields
+    return fields, doc
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -159,24 +165,3 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
         yield annotation
     for argument in get_args(annotation):
         yield from _models(argument)
-
-
-def _model_at(schema: type[BaseModel], loc: KeyPath) -> type[BaseModel]:
-    """The innermost model on the way of an error's location."""
-    model = schema
-    for part in loc:
-        if part in model.model_fields:
-            model = next(_models(model.model_fields[str(part)].annotation), model)
-        else:
-            inner = (m for field in schema.model_fields.values() for m in _models(field.annotation))
-            model = next((m for m in inner if m.__name__ == part), model)
-    return model
-
-
-def _doc(schema: type[BaseModel], loc: KeyPath) -> str:
-    """The documentation of the innermost documented field on the way."""
-    for length in range(len(loc), 0, -1):
-        field = _model_at(schema, loc[: length - 1]).model_fields.get(str(loc[length - 1]))
-        if field is not None and field.description:
-            return field.description
-    return ""

@@ -42,11 +42,6 @@ class Rng:
 
     seed: int
 
-    @classmethod
-    def of(cls, run_seed: int, name: str, step: int) -> Rng:
-        digest = hashlib.blake2b(f"{run_seed}/{name}/{step}".encode(), digest_size=8).digest()
-        return cls(int.from_bytes(digest, "big") >> 1)
-
     def python(self) -> random.Random:
         return random.Random(self.seed)
 
@@ -106,7 +101,8 @@ class Context:
 
     def rng(self, name: str, step: int = 0) -> Rng:
         """Randomness for one purpose and step; enabling a plugin never shifts another one's."""
-        return Rng.of(self.config.run.seed, name, step)
+        digest = hashlib.blake2b(f"{self.config.run.seed}/{name}/{step}".encode(), digest_size=8).digest()
+        return Rng(int.from_bytes(digest, "big") >> 1)
 
     def register_state(self, key: str, state: Stateful) -> None:
         """Have checkpoints save and restore `state` as `key` (`<plugin>/<name>`)."""

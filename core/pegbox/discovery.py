@@ -67,19 +67,20 @@ def discover(group: str = GROUP) -> dict[str, list[Installed]]:
 
 def _listing(root: str) -> list[str]:
     with suppress(OSError):
-        return sorted(os.listdir(root))
+        return sorted(os.listdir(root))  # noqa: PTH208 - this runs at every start
     return []
 
 
 def _text(path: str) -> str:
-    with suppress(OSError), open(path, encoding="utf-8") as file:
+    with suppress(OSError), open(path, encoding="utf-8") as file:  # noqa: PTH123
         return file.read()
     return ""
 
 
 def load(name: str, installed: Mapping[str, list[Installed]], folder: Path) -> tuple[Installed, object]:
     """Import one listed plugin and make its instance."""
-    if name.endswith(".py"):
+    local = name.endswith(".py")
+    if local:
         plugin = _local(name, folder)
     else:
         candidates = installed.get(name, [])
@@ -92,16 +93,15 @@ def load(name: str, installed: Mapping[str, list[Installed]], folder: Path) -> t
         check_api(plugin)
     module_name, _, attribute = plugin.value.partition(":")
     try:
-        module = (
-            _import_file(folder / name, module_name) if name.endswith(".py") else importlib.import_module(module_name)
-        )
+        module = _import_file(folder / name, module_name) if local else importlib.import_module(module_name)
         factory = getattr(module, attribute or LOCAL_CLASS, None)
         if factory is not None:
             return plugin, factory()
     except PegboxError:
         raise
     except Exception as error:
-        problem = f"{type(error).__name__}: {error}{_line_in(error)}"
+        frame = extract_tb(error.__traceback__)[-1]
+        problem = f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
         raise fail("plugin-broken", name=plugin.name, origin=plugin, problem=problem, value=plugin.value) from error
     raise fail("plugin-no-class", name=plugin.name, origin=plugin, attribute=attribute or LOCAL_CLASS)
 
@@ -124,12 +124,6 @@ def _import_file(path: Path, module_name: str) -> ModuleType:
     return module
 
 
-def _line_in(error: Exception) -> str:
-    """` (file:line)` of the innermost frame."""
-    frame = extract_tb(error.__traceback__)[-1]
-    return f" ({Path(frame.filename).name}:{frame.lineno})"
-
-
 def check_api(plugin: Installed, core_version: str = __version__) -> None:
     """Refuse a plugin whose declared requirement on pegbox-core does not admit this core.
 
@@ -137,7 +131,7 @@ def check_api(plugin: Installed, core_version: str = __version__) -> None:
     """
     for requirement in plugin.requires:
         match = re.match(r"pegbox[-_.]core(?![\w.-])\s*(?:\[[^]]*])?\s*\(?([^;)@]*)", requirement, re.IGNORECASE)
-        if match and not admits(match[1], core_version):
+        if match and match[1].strip() and not admits(match[1], core_version):
             described = {"name": plugin.name, "origin": plugin, "distribution": plugin.distribution}
             raise fail("plugin-api", wanted=match[1].strip(), have=core_version, **described)
 
@@ -145,9 +139,7 @@ def check_api(plugin: Installed, core_version: str = __version__) -> None:
 def admits(specifiers: str, version: str) -> bool:
     """Whether a version satisfies comma-separated `>= > <= < == !=` specifiers; what else is written admits nothing."""
     compare = {">=": ge, ">": gt, "<=": le, "<": lt, "==": eq, "!=": ne}
-    parts = [
-        re.fullmatch(r"(>=|<=|==|!=|<|>)\s*([\d.]+)", part.strip()) for part in specifiers.split(",") if part.strip()
-    ]
+    parts = [re.fullmatch(r"(>=|<=|==|!=|<|>)\s*([\d.]+)", part.strip()) for part in specifiers.split(",")]
     return all(part is not None and compare[part[1]](_release(version), _release(part[2])) for part in parts)
 
 

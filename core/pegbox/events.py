@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from pegbox.rollouts import RolloutBatch, Score
     from pegbox.types import Checkpoint, Job, Model, Outcome
 
 
@@ -71,14 +70,6 @@ class CheckpointSaved(Record):
     checkpoint: Checkpoint
 
 
-class RolloutsScored(Record):
-    """Rollouts and their scores, before they become a batch."""
-
-    step: int
-    rollouts: RolloutBatch
-    scores: Sequence[Score]
-
-
 class RunFailed(Record):
     """The run stops with an error."""
 
@@ -92,5 +83,4 @@ class RunEnded(Record):
     folder: Path
 
 
-Training = RunStarted | GradientsReady | Stepped | Logged | Evaluated
-Event = Training | CheckpointSaved | RolloutsScored | RunFailed | RunEnded
+Event = RunStarted | GradientsReady | Stepped | Logged | Evaluated | CheckpointSaved | RunFailed | RunEnded

@@ -38,14 +38,6 @@ PROJECT = "pegbox"
 hookimpl = HookimplMarker(PROJECT)
 
 Stage = Literal["base", "adapted", "recompute", "compile"]
-MEANING = {
-    "register": "declares, in list order",
-    "configure": "merged field by field",
-    "own": "the one owner",
-    "patch": "may patch; collisions are errors",
-    "fan_out": "all run, results kept by name",
-    "observe": "observes, in list order",
-}
 
 VERBS = {"register": "register", "configure": "configure", "patch": "patch", "on": "observe"}
 VERBS.update(dict.fromkeys(("load", "build", "apply", "place", "run", "generate", "open", "export"), "own"))

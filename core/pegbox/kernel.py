@@ -11,7 +11,6 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from pluggy import PluginManager
@@ -60,12 +59,6 @@ class Active:
         return f"'{self.name}' ({self.origin})"
 
 
-class _Part(SimpleNamespace):
-    """The wrappers, or the other implementations, of one plugin, as pluggy registers them."""
-
-    __eq__, __hash__ = object.__eq__, object.__hash__  # pluggy refuses a second plugin that equals the first
-
-
 @dataclass
 class Kernel:
     """The active plugins, composed."""
@@ -105,13 +98,13 @@ class Kernel:
             self._register(plugin, wrapper=True)
         self._owners: dict[str, dict[str, str]] = {hook: {} for hook in OWNED}
         self._callers: dict[tuple[str, str], Callable[..., Any]] = {}
-        self._plugin_of = {inspect.unwrap(i.function).__code__: i.plugin for i in self.implementations()}
         self._observers = self.implementations("on_event")
         self._items = self._collect_items()
 
     def _register(self, plugin: Active, *, wrapper: bool) -> object:
-        methods = {i.hook: i.function for i in plugin.implementations if i.wrapper is wrapper}
-        part = _Part(**methods)
+        """Register the wrappers, or the other implementations, of one plugin, as pluggy wants them: on an object."""
+        methods = {i.hook: staticmethod(i.function) for i in plugin.implementations if i.wrapper is wrapper}
+        part = type("Part", (), methods)()
         self._manager.register(part, name=f"{plugin.name}/{'wrappers' if wrapper else 'hooks'}")
         return part
 
@@ -181,7 +174,8 @@ class Kernel:
         try:
             answer = caller(**arguments)
         except BaseException as error:
-            self._blame(error, hook)
+            asked = [i for i in self.implementations(hook) if i.wrapper or i.plugin == owner.name]
+            self._blame(error, hook, asked)
             raise
         if answer is None and hook not in MAY_ANSWER_NONE:
             raise fail("hook-none", plugin=owner, hook=hook)
@@ -193,8 +187,8 @@ class Kernel:
     def each(self, spec: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> list[tuple[str, R]]:
         """Ask every implementation in list order; answers of None are left out."""
         arguments = _named(spec, args, kwargs)
-        answers = [(i.plugin, self._run(i, arguments)) for i in self.implementations(spec.__name__)]
-        answers = [(plugin, answer) for plugin, answer in answers if answer is not None]
+        every = ((i.plugin, self._run(i, arguments)) for i in self.implementations(spec.__name__))
+        answers = [(plugin, answer) for plugin, answer in every if answer is not None]
         if spec.__name__ == "score_rollouts":
             self._unique_names(spec.__name__, [(plugin, score.name) for plugin, scores in answers for score in scores])
         return answers
@@ -215,14 +209,15 @@ class Kernel:
         try:
             return implementation.function(*[arguments[name] for name in implementation.arguments])
         except BaseException as error:
-            self._blame(error, implementation.hook)
+            self._blame(error, implementation.hook, [implementation])
             raise
 
-    def _blame(self, error: BaseException, hook: str) -> None:
-        """Note on the exception which plugin raised it: the innermost frame that is a hook implementation."""
+    def _blame(self, error: BaseException, hook: str, asked: Sequence[Implementation]) -> None:
+        """Note on the exception which plugin raised it: the innermost frame that is an implementation that was asked."""
+        plugin_of = {inspect.unwrap(i.function).__code__: i.plugin for i in asked}
         traceback, culprit = error.__traceback__, ""
         while traceback is not None:
-            culprit = self._plugin_of.get(traceback.tb_frame.f_code, culprit)
+            culprit = plugin_of.get(traceback.tb_frame.f_code, culprit)
             traceback = traceback.tb_next
         if not any(note.startswith("in plugin") for note in getattr(error, "__notes__", ())):
             error.add_note(f"in plugin {self.active[culprit]}, hook {hook}" if culprit else f"in hook {hook}")
@@ -287,11 +282,11 @@ def _implementations(origin: Installed, instance: object) -> Iterator[Implementa
 
 def _broken_rule(hook: str, function: Callable[..., Any], options: Mapping[str, Any]) -> str:
     """What is wrong with an implementation; an empty string if nothing is."""
-    if hook not in SPECS:
-        return f"there is no such hook. {did_you_mean(hook, SPECS, 'Hooks:')}"
     banned = [key for key in ("tryfirst", "trylast", "specname", "hookwrapper", "optionalhook") if options.get(key)]
     if banned:
         return f"uses {', '.join(banned)}; the order of calls is the order of plugins, only wrapper=True is known"
+    if hook not in SPECS:
+        return f"there is no such hook. {did_you_mean(hook, SPECS, 'Hooks:')}"
     known = inspect.signature(SPECS[hook]).parameters
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.default is not parameter.empty or parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:

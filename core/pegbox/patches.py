@@ -118,13 +118,12 @@ class PatchLog:
 
     def summary(self) -> list[dict[str, object]]:
         """One entry per plugin, slot and reason, with the modules it changed; for the plan."""
-        groups: dict[tuple[str, str, str, str, str], list[str]] = {}
+        groups: dict[tuple[str, ...], list[str]] = {}
         for a in self.applied:
-            groups.setdefault((a.plugin, a.patch.slot, a.kind, a.patch.reason, a.patch.source), []).append(
-                a.module_name
-            )
-        keys = ("plugin", "slot", "kind", "reason", "source")
-        return [{**dict(zip(keys, group, strict=True)), "modules": names} for group, names in groups.items()]
+            key = (a.plugin, a.patch.slot, a.kind, a.patch.reason, a.patch.source)
+            groups.setdefault(key, []).append(a.module_name)
+        names = ("plugin", "slot", "kind", "reason", "source")
+        return [{**dict(zip(names, key, strict=True)), "modules": modules} for key, modules in groups.items()]
 
 
 def _targets(model: Model, modules: Mapping[str, Module], plugin: str, patch: ModulePatch) -> list[str]:

@@ -114,7 +114,7 @@ def make_plan(config: Config, kernel: Kernel) -> Plan:
                 reason = "chosen by use" if {hook, job_name(hook, form)} & config.run.use.keys() else "the only one"
                 jobs.append(Job(job_name(hook, form), (owner,), wrappers, reason))
         elif plain:
-            jobs.append(Job(hook, plain, (), hooks.MEANING[kind]))
+            jobs.append(Job(hook, plain, (), f"all {kind}, in list order"))
     values = tuple((key, value, str(origin)) for key, value, origin in config.origins())
     return Plan(plugins, tuple(jobs), values)
 

@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,11 +18,8 @@ Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 
 def log_to_terminal(rank: int) -> None:
     """Let the messages of plugins reach the terminal: all of rank 0, warnings of the others."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
-    logger = logging.getLogger("pegbox")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logging.basicConfig(format="%(message)s" if rank == 0 else f"[rank {rank}] %(message)s")
+    logging.getLogger("pegbox").setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
 def show(plan: Plan, *, as_json: bool) -> None:
@@ -34,14 +32,10 @@ def show(plan: Plan, *, as_json: bool) -> None:
 
 def show_short(ctx: Context) -> None:
     """Print a plan in a few lines: the model, the plugins, who does what, the folder."""
-    does = {job.plugins[0]: [] for job in ctx.plan.jobs}
-    for job in ctx.plan.jobs:
-        for plugin in (*job.plugins, *job.wrappers):
-            if not job.hook.startswith("register_"):
-                does.setdefault(plugin, []).append(job.hook)
-    rows = [(name, origin, ", ".join(does.get(name, []))) for name, origin in ctx.plan.plugins]
-    title = f"{ctx.config.run.model.name} -> {ctx.folder}"
-    _print_tables([(title, ("plugin", "from", "does"), rows)])
+    jobs = [job for job in ctx.plan.jobs if not job.hook.startswith("register_")]
+    does = {name: [j.hook for j in jobs if name in (*j.plugins, *j.wrappers)] for name, _ in ctx.plan.plugins}
+    rows = [(name, origin, ", ".join(does[name])) for name, origin in ctx.plan.plugins]
+    _print_tables([(f"{ctx.config.run.model.name} -> {ctx.folder}", ("plugin", "from", "does"), rows)])
 
 
 def _tables(plan: Plan) -> Iterator[Table]:
@@ -64,8 +58,7 @@ def show_plugins(*, as_json: bool) -> None:
 
     found = [plugin for candidates in discover().values() for plugin in candidates]
     if as_json:
-        keys = ("name", "distribution", "version", "value")
-        print(json.dumps([{key: getattr(plugin, key) for key in keys} for plugin in found], indent=1))
+        print(json.dumps([asdict(plugin) for plugin in found], indent=1))
     else:
         rows = [(plugin.name, str(plugin), plugin.value) for plugin in sorted(found, key=lambda plugin: plugin.name)]
         _print_tables([("Installed plugins (active only in runs that list them)", ("plugin", "from", "object"), rows)])

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
-from functools import reduce
-from operator import getitem
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,60 +23,38 @@ KeyPath = tuple[str | int, ...]
 RECIPE = "recipe://"
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where a value came from: a file (or recipe) and line, the command line, Python, or a default."""
-
-    where: str
-    line: int | None = None
-
-    def __str__(self) -> str:
-        return f"{self.where}:{self.line}" if self.line else self.where
-
-
 @dataclass
 class Layer:
-    """Config data and the origin of every key path in it."""
+    """Config data, and where every key path in it came from: `train.yaml:7`, `command line`, or `python`."""
 
     data: dict[str, Any] = field(default_factory=dict)
-    origins: dict[KeyPath, Origin] = field(default_factory=dict)
+    origins: dict[KeyPath, str] = field(default_factory=dict)
 
-    def origin(self, path: KeyPath) -> Origin:
+    def origin(self, path: KeyPath) -> str:
         """The origin of a key, or of the nearest key above it that has one."""
         known = (self.origins.get(path[:length]) for length in range(len(path), 0, -1))
-        return next((origin for origin in known if origin), Origin("default"))
-
-    def find(self, path: KeyPath) -> Any:
-        """The value at a key path; LookupError or TypeError if there is none."""
-        return reduce(getitem, path, self.data)
-
-    def has(self, path: KeyPath) -> bool:
-        """Whether there is a value at a key path."""
-        with suppress(LookupError, TypeError):
-            return self.find(path) is not Ellipsis
-        return False
+        return next(filter(None, known), "default")
 
     def merge(self, above: Layer) -> Layer:
-        """This layer with `above` laid over it."""
+        """This layer with `above` laid over it: mappings key by key, everything else as a whole."""
         merged = Layer(deepcopy(self.data), dict(self.origins))
-        merged._lay((), merged.data, above)
+        merged._lay((), merged.data, above.data, above.origins)
         return merged
 
-    def _lay(self, path: KeyPath, below: Any, above: Layer) -> None:
-        for key, value in above.find(path).items():
+    def _lay(self, path: KeyPath, below: Any, above: dict[Any, Any], origins: Mapping[KeyPath, str]) -> None:
+        for key, value in above.items():
             inner = (*path, key)
             if isinstance(below, list) and key not in range(len(below)):
-                seen = {"above": dotted(path), "origin": above.origin(inner), "count": len(below)}
-                raise fail("override-place", key=dotted(inner), **seen)
+                place = {"above": dotted(path), "origin": origins[inner], "count": len(below)}
+                raise fail("override-place", key=dotted(inner), **place)
             old = below.get(key) if isinstance(below, dict) else below[key]
             numbered = isinstance(value, dict) and value and all(isinstance(part, int) for part in value)
             if isinstance(value, dict) and (isinstance(old, dict) or (isinstance(old, list) and numbered)):
-                self._lay(inner, old, above)
+                self._lay(inner, old, value, origins)
                 continue
             below[key] = deepcopy(value)
-            for known in [known for known in self.origins if known[: len(inner)] == inner]:
-                del self.origins[known]
-            self.origins.update((k, o) for k, o in above.origins.items() if k[: len(inner)] == inner)
+            kept = {known: origin for known, origin in self.origins.items() if known[: len(inner)] != inner}
+            self.origins = kept | {known: origin for known, origin in origins.items() if known[: len(inner)] == inner}
 
 
 def leaves(path: KeyPath, value: Any, *, branches: bool = False) -> Iterator[tuple[KeyPath, Any]]:
@@ -100,18 +75,18 @@ def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     """Read a config with everything it extends and the overrides on top: the layer, and the folder paths start from."""
     if isinstance(source, Mapping):
         folder = Path.cwd()
-        layer = _extended(_layer(deepcopy(dict(source)), Origin("python")), folder, ())
+        layer = _extended(_layer(deepcopy(dict(source)), "python"), folder, ())
     else:
-        layer, folder = _read_named(str(source), Path.cwd(), Origin("command line"), ())
+        layer, folder = _read_named(str(source), Path.cwd(), "command line", ())
     for override in overrides:
         path, value = parse_override(override)
         for part in reversed(path):
             value = {part: value}
-        layer = layer.merge(_layer(value, Origin("command line")))
+        layer = layer.merge(_layer(value, "command line"))
     return layer, folder
 
 
-def _layer(data: dict[str, Any], origin: Origin) -> Layer:
+def _layer(data: dict[str, Any], origin: str) -> Layer:
     return Layer(data, dict.fromkeys((path for path, _ in leaves((), data, branches=True)), origin))
 
 
@@ -127,7 +102,7 @@ def parse_override(text: str) -> tuple[KeyPath, Any]:
     return tuple(int(part) if part.isdigit() else part for part in key.strip().split(".")), parsed
 
 
-def _read_named(name: str, folder: Path, origin: Origin, seen: tuple[str, ...]) -> tuple[Layer, Path]:
+def _read_named(name: str, folder: Path, origin: str, seen: tuple[str, ...]) -> tuple[Layer, Path]:
     path = _recipe_path(name) if name.startswith(RECIPE) else folder / Path(name).expanduser()
     label = name if name.startswith(RECIPE) else _short(path)
     if label in seen:
@@ -180,14 +155,14 @@ def parse(text: str, label: str) -> Layer:
 
 def _build(node: yaml.Node, path: KeyPath, layer: Layer, label: str, loader: _Loader) -> Any:
     if path:
-        layer.origins.setdefault(path, Origin(label, node.start_mark.line + 1))
+        layer.origins.setdefault(path, f"{label}:{node.start_mark.line + 1}")
     if isinstance(node, yaml.SequenceNode):
         return [_build(item, (*path, index), layer, label, loader) for index, item in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):
         return loader.construct_object(node)
     result: dict[str, Any] = {}
     for key_node, value_node in node.value:
-        key, origin = str(key_node.value), Origin(label, key_node.start_mark.line + 1)
+        key, origin = str(key_node.value), f"{label}:{key_node.start_mark.line + 1}"
         if key in result:
             raise fail("key-twice", key=dotted((*path, key)), origin=origin)
         layer.origins[(*path, key)] = origin

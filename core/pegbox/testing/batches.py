@@ -1,0 +1,85 @@
+"""Padding a batch and splitting it into micro-batches of single rows: what a loss must not notice.
+
+Shape suffixes as in `pegbox.types`: B rows, T tokens of a row, N trained tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from pegbox.types import UNTRAINED, Batch, Extra
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def pad_batch(batch: Batch, columns: int) -> Batch:
+    """The same batch with `columns` more columns of padding on the right; nothing in them is trained.
+
+    Raises:
+        ValueError: the batch is packed; its rows have no padding to lengthen.
+    """
+    from torch.nn.functional import pad
+
+    if batch.cu_seqlens_S is not None:
+        raise ValueError("a packed batch has no padding to lengthen")
+    width = batch.input_ids_BT.shape[1]
+    row, column = batch.trained_N // width, batch.trained_N % width
+
+    def wider(tensor: Tensor | None, value: int = 0) -> Any:
+        return None if tensor is None else pad(tensor, (0, columns), value=value)
+
+    return replace(
+        batch,
+        input_ids_BT=wider(batch.input_ids_BT),
+        targets_BT=wider(batch.targets_BT, UNTRAINED),
+        trained_N=row * (width + columns) + column,
+        attention_mask_BT=wider(batch.attention_mask_BT),
+        position_ids_BT=wider(batch.position_ids_BT),
+        extra={name: _pad_extra(extra, columns) for name, extra in batch.extra.items()},
+    )
+
+
+def _pad_extra(extra: Extra, columns: int) -> Extra:
+    from torch.nn.functional import pad
+
+    if extra.layout != "token":
+        return extra
+    inner = (0, 0) * (extra.value.ndim - 2)
+    return replace(extra, value=pad(extra.value, (*inner, 0, columns)))
+
+
+def split_batch(batch: Batch, rows: int = 1) -> list[Batch]:
+    """The micro-batches of `rows` rows each, in order.
+
+    Raises:
+        ValueError: the batch is packed; documents of one row are not split apart.
+    """
+    if batch.cu_seqlens_S is not None:
+        raise ValueError("a packed batch is not split: its documents lie in one row")
+    return [_rows_of(batch, start, rows) for start in range(0, batch.input_ids_BT.shape[0], rows)]
+
+
+def _rows_of(batch: Batch, start: int, rows: int) -> Batch:
+    stop, width = start + rows, batch.input_ids_BT.shape[1]
+    inside = (batch.trained_N >= start * width) & (batch.trained_N < stop * width)
+
+    def part(tensor: Tensor | None) -> Any:
+        return None if tensor is None else tensor[start:stop]
+
+    def part_of_extra(extra: Extra) -> Extra:
+        if extra.layout == "global":
+            return extra
+        return replace(extra, value=extra.value[inside] if extra.layout == "trained" else part(extra.value))
+
+    return replace(
+        batch,
+        input_ids_BT=part(batch.input_ids_BT),
+        targets_BT=part(batch.targets_BT),
+        trained_N=batch.trained_N[inside] - start * width,
+        attention_mask_BT=part(batch.attention_mask_BT),
+        position_ids_BT=part(batch.position_ids_BT),
+        rows=batch.rows[start:stop],
+        extra={name: part_of_extra(extra) for name, extra in batch.extra.items()},
+    )

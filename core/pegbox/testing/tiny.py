@@ -1,0 +1,229 @@
+"""Small real things: a Llama of two layers with a plain forward, batches for it, a tokenizer of bytes, rollouts.
+
+The model is transformers' own, made from a config with seeded random weights; nothing is downloaded. torch and transformers
+are imported when they are asked for, and a test that asks for them is skipped where they are not installed.
+Shape suffixes as in `pegbox.types`: B rows, T tokens of a row, N trained tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from pegbox.rollouts import Rollout, RolloutBatch
+from pegbox.types import UNTRAINED, Batch, Example, Json, Model, Need, Outputs, Processor, Split
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+    from torch.optim import Optimizer
+
+VOCABULARY = 260
+"""256 bytes, and four more ids for special tokens."""
+PAD, BOS, EOS = 256, 257, 258
+WIDTH = 64
+LENGTHS = ((9, 3), (6, 2), (11, 8), (5, 1), (8, 0), (7, 4))
+"""Tokens of each row of `tiny_batches`, and how many of them at the start are not trained."""
+
+
+def _torch() -> Any:
+    import pytest
+
+    return pytest.importorskip("torch", reason="this rule computes with torch, which is not installed")
+
+
+def tiny_model(seed: int = 0, *, placed: bool = False, **changes: Any) -> Model:
+    """A Llama of 2 layers, 64 wide, in float32 on the CPU, ready to be patched, adapted and trained.
+
+    Args:
+        seed: of the random weights.
+        placed: give it a placement and a forward, as `place_model` would.
+        changes: fields of transformers' LlamaConfig that differ, such as `tie_word_embeddings=True`.
+    """
+    import pytest
+
+    torch = _torch()
+    transformers = pytest.importorskip("transformers", reason="tiny_model is transformers' Llama, which is not installed")
+    shape = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    config = transformers.LlamaConfig(
+        **{**shape, **heads, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS, **changes}
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = transformers.LlamaForCausalLM(config).train()
+    traits = frozenset({"causal", "tied_head"} if config.tie_word_embeddings else {"causal"})
+    model = Model(module=module, name="tiny", base="tiny", format="transformers", compute=compute, traits=traits)
+    if not placed:
+        return model
+
+    def forward(batch: Batch, needs: frozenset[Need]) -> Outputs:
+        return model.compute(module, batch, needs)
+
+    return replace(model, placement=TinyPlacement(module), forward=forward)
+
+
+def compute(module: Module, batch: Batch, needs: frozenset[Need]) -> Outputs:
+    """One plain forward of a causal language model of transformers, and what was asked for of it.
+
+    `values` are the mean of the last hidden state: the stand-in for a value head.
+    """
+    if "router_logits" in needs:
+        raise ValueError("tiny_model is dense: it has no router; override `model` in the conformance class")
+    out = module(
+        input_ids=batch.input_ids_BT,
+        attention_mask=batch.attention_mask_BT,
+        position_ids=batch.position_ids_BT,
+        output_hidden_states=True,
+        use_cache=False,
+    )
+    hidden_BTH = out.hidden_states[-1]
+    logits_NV = out.logits.flatten(0, 1)[batch.trained_N].float()
+    logps_NV = logits_NV.log_softmax(-1)
+    targets_N = batch.targets_BT.flatten()[batch.trained_N]
+    made: dict[Need, tuple[str, Tensor]] = {
+        "logps": ("logps_N", logps_NV.gather(-1, targets_N[:, None])[:, 0]),
+        "entropy": ("entropy_N", -(logps_NV.exp() * logps_NV).sum(-1)),
+        "logits": ("logits_NV", logits_NV),
+        "hidden": ("hidden_BTH", hidden_BTH),
+        "values": ("values_BT", hidden_BTH.float().mean(-1)),
+    }
+    return Outputs(**dict(made[need] for need in needs))
+
+
+class TinyPlacement:
+    """A model where it is (`pegbox.types.Placement`): one device, saved with `torch.save`."""
+
+    name = "where it was made"
+
+    def __init__(self, module: Module) -> None:
+        self._module = module
+
+    def synchronize_gradients(self, enabled: bool) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def clip_gradients(self, max_norm: float | None) -> Tensor:
+        limit = float("inf") if max_norm is None else max_norm
+        return cast("Tensor", _torch().nn.utils.clip_grad_norm_(self._module.parameters(), limit))
+
+    def save(self, folder: Path, optimizer: Optimizer) -> None:
+        state = {"model": self._module.state_dict(), "optimizer": optimizer.state_dict()}
+        _torch().save(state, folder / "placement.pt")
+
+    def load(self, folder: Path, optimizer: Optimizer) -> None:
+        state = _torch().load(folder / "placement.pt", weights_only=True)
+        self._module.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+
+
+def tiny_batches(rows: int = 3, seed: int = 0) -> list[Batch]:
+    """Two micro-batches of random tokens, `rows` rows each of different length, some of whose tokens are trained."""
+    torch = _torch()
+    source = torch.Generator().manual_seed(seed)
+    made = []
+    for start in (0, rows):
+        shapes = [LENGTHS[index % len(LENGTHS)] for index in range(start, start + rows)]
+        examples = []
+        for length, prompt in shapes:
+            ids = torch.randint(0, 256, (length,), generator=source).tolist()
+            examples.append(Example(input_ids=ids, labels=[UNTRAINED] * prompt + ids[prompt:]))
+        made.append(collate(examples, tuple(range(start, start + rows))))
+    return made
+
+
+def collate(examples: Sequence[Example], rows: tuple[int, ...] = ()) -> Batch:
+    """Examples as one padded batch."""
+    torch = _torch()
+    width = max(len(example.input_ids) for example in examples)
+    input_ids_BT = torch.full((len(examples), width), PAD)
+    targets_BT = torch.full_like(input_ids_BT, UNTRAINED)
+    mask_BT = torch.zeros_like(input_ids_BT)
+    for row, example in enumerate(examples):
+        length = len(example.input_ids)
+        input_ids_BT[row, :length] = torch.tensor(example.input_ids)
+        targets_BT[row, : length - 1] = torch.tensor(example.labels)[1:]
+        mask_BT[row, :length] = 1
+    return Batch(
+        input_ids_BT=input_ids_BT,
+        targets_BT=targets_BT,
+        trained_N=(targets_BT.flatten() != UNTRAINED).nonzero()[:, 0],
+        attention_mask_BT=mask_BT,
+        rows=rows,
+    )
+
+
+class TinyExamples:
+    """Rows given as texts (`pegbox.types.Examples`), one token per byte; every token is trained."""
+
+    def __init__(self, texts: Sequence[str], split: Split = "train") -> None:
+        self.split: Split = split
+        self.fingerprint = blake2b("\0".join(texts).encode(), digest_size=8).hexdigest()
+        self._texts = tuple(texts)
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __getitem__(self, index: int) -> Example:
+        ids = [*self._texts[index].encode(), EOS]
+        return Example(input_ids=ids, labels=ids, columns={"text": self._texts[index]})
+
+    def describe(self, index: int) -> str:
+        return f"text {index}"
+
+
+class ByteTokenizer:
+    """One token per byte of UTF-8, in plain Python; the part of a tokenizer's interface that rewards and formats use."""
+
+    pad_token_id, bos_token_id, eos_token_id = PAD, BOS, EOS
+    pad_token, bos_token, eos_token = "<pad>", "<bos>", "<eos>"
+    all_special_ids = (PAD, BOS, EOS)
+
+    def __len__(self) -> int:
+        return VOCABULARY
+
+    def __call__(self, text: str, add_special_tokens: bool = True, **_: object) -> dict[str, list[int]]:
+        ids = self.encode(text, add_special_tokens)
+        return {"input_ids": ids, "attention_mask": [1] * len(ids)}
+
+    def encode(self, text: str, add_special_tokens: bool = True, **_: object) -> list[int]:
+        return [BOS, *text.encode()] if add_special_tokens else list(text.encode())
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False, **_: object) -> str:
+        names = {} if skip_special_tokens else {PAD: self.pad_token, BOS: self.bos_token, EOS: self.eos_token}
+        pieces = (bytes([token]) if token < PAD else names.get(token, "").encode() for token in map(int, ids))
+        return b"".join(pieces).decode(errors="replace")
+
+    def batch_decode(self, rows: Sequence[Sequence[int]], **options: Any) -> list[str]:
+        return [self.decode(row, **options) for row in rows]
+
+
+def tiny_processor() -> Processor:
+    """A processor whose tokenizer is a `ByteTokenizer`."""
+    return Processor(tokenizer=cast("Any", ByteTokenizer()), pad_id=PAD, fingerprint="bytes")
+
+
+def tiny_rollouts(samples: int = 2) -> RolloutBatch:
+    """Completions of three prompts about sums, right, wrong, empty and cut off; the column `answer` holds the right one."""
+    texts = {"1+1=": ("2", ["2", "3, I think"]), "2+3=": ("5", ["", "it is 5"]), "4+5=": ("9", ["9" * 12, "nine"])}
+    rollouts = []
+    for prompt, (answer, completions) in texts.items():
+        for index in range(samples):
+            text = completions[index % len(completions)]
+            columns: Mapping[str, Json] = {"prompt": prompt, "answer": answer}
+            ids = tuple(text.encode())
+            rollouts.append(
+                Rollout(
+                    prompt=(BOS, *prompt.encode()),
+                    completion=ids if len(ids) == 12 else (*ids, EOS),
+                    logps=(-0.5,) * (len(ids) + (len(ids) != 12)),
+                    first_version=0,
+                    last_version=0,
+                    finished=len(ids) != 12,
+                    columns=columns,
+                )
+            )
+    return RolloutBatch(rollouts=tuple(rollouts), samples=samples)
