@@ -10,17 +10,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 
+from pegbox.discovery import Installed
 from pegbox.errors import PegboxError, did_you_mean, fail
 from pegbox.section import Section, setting
 from pegbox.source import KeyPath, Layer, dotted, leaves
-
-if TYPE_CHECKING:
-    from pegbox.discovery import Installed
 
 S = TypeVar("S", bound=Section)
 Weight = Annotated[float, Field(allow_inf_nan=False)]
@@ -46,13 +44,6 @@ class RunSection(Section):
     use: dict[str, str] = setting({}, "Which plugin owns a hook when several could: `{hook: plugin}`.")
     loss: dict[str, Weight] = setting({}, "Weights of several losses by plugin: `{dpo: 1.0, sft: 0.1}`.")
     rewards: dict[str, Weight] = setting({}, "Weights of rewards by name.")
-
-    @model_validator(mode="after")
-    def _plugins_once(self) -> RunSection:
-        twice = {name for name in self.plugins if self.plugins.count(name) > 1}
-        if twice:
-            raise ValueError(f"plugins lists {', '.join(sorted(twice))} twice; each plugin is active once")
-        return self
 
 
 CORE_KEYS = tuple(RunSection.model_fields)
@@ -121,7 +112,7 @@ def validate(schema: type[S], data: Any, layer: Layer, at: KeyPath) -> S:
     if not isinstance(data, dict | None):
         raise fail("section-no-mapping", key=dotted(at), value=data, origin=layer.origin(at))
     try:
-        return schema.model_validate_json(json.dumps(data or {}))
+        return schema.model_validate_json(json.dumps(data or {}, default=str))
     except ValidationError as error:
         mistakes = [_explain(schema, detail, layer, at) for detail in error.errors(include_url=False)]
     if len(mistakes) == 1:

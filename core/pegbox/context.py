@@ -56,6 +56,7 @@ class Context:
         folder: the run's output folder.
         states: what checkpoints save and restore, by `<plugin>/<name>`.
         exit: closed in reverse however the run ends.
+        phase_observers: called with each phase that begins.
         runtime, processor, total_steps: set once each, when `build_runtime`, `load_processor` and `build_batches` have
             answered; reading one earlier is an error. `total_steps` counts optimizer steps of the whole run; None: open end.
     """
@@ -68,9 +69,9 @@ class Context:
     exit: ExitStack = field(default_factory=ExitStack)
     runtime: Runtime = field(init=False, repr=False)
     processor: Processor = field(init=False, repr=False)
-    total_steps: int | None = field(init=False)
+    total_steps: int | None = field(init=False, repr=False)
     log: ClassVar[logging.Logger] = logging.getLogger("pegbox")
-    _phase_observers: list[Callable[[Phase], None]] = field(default_factory=list)
+    phase_observers: list[Callable[[Phase], None]] = field(default_factory=list)
 
     def __getattr__(self, name: str) -> NoReturn:
         raise fail("too-early", name=name, hook=SET_BY[name]) if name in SET_BY else AttributeError(name)
@@ -118,10 +119,6 @@ class Context:
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
         """Tell engines that generation or learning begins, so that they know when to sleep and wake."""
-        for observer in self._phase_observers:
+        for observer in self.phase_observers:
             observer(name)
         yield
-
-    def on_phase(self, observer: Callable[[Phase], None]) -> None:
-        """Call `observer` with each phase that begins."""
-        self._phase_observers.append(observer)

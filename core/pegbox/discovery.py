@@ -131,7 +131,7 @@ def check_api(plugin: Installed, core_version: str = __version__) -> None:
     """
     for requirement in plugin.requires:
         match = re.match(r"pegbox[-_.]core(?![\w.-])\s*(?:\[[^]]*])?\s*\(?([^;)@]*)", requirement, re.IGNORECASE)
-        if match and match[1].strip() and not admits(match[1], core_version):
+        if match and not admits(match[1], core_version):
             described = {"name": plugin.name, "origin": plugin, "distribution": plugin.distribution}
             raise fail("plugin-api", wanted=match[1].strip(), have=core_version, **described)
 
@@ -139,8 +139,9 @@ def check_api(plugin: Installed, core_version: str = __version__) -> None:
 def admits(specifiers: str, version: str) -> bool:
     """Whether a version satisfies comma-separated `>= > <= < == !=` specifiers; what else is written admits nothing."""
     compare = {">=": ge, ">": gt, "<=": le, "<": lt, "==": eq, "!=": ne}
-    parts = [re.fullmatch(r"(>=|<=|==|!=|<|>)\s*([\d.]+)", part.strip()) for part in specifiers.split(",")]
-    return all(part is not None and compare[part[1]](_release(version), _release(part[2])) for part in parts)
+    parts = re.findall(r"[^,\s][^,]*", specifiers)
+    clauses = [re.fullmatch(r"(>=|<=|==|!=|<|>)\s*([\d.]+)\s*", part) for part in parts]
+    return all(part is not None and compare[part[1]](_release(version), _release(part[2])) for part in clauses)
 
 
 def _release(version: str) -> tuple[int, ...]:

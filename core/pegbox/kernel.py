@@ -252,10 +252,6 @@ class Kernel:
             if isinstance(active.instance, Stateful):
                 ctx.register_state(f"{active.name}/plugin", active.instance)
 
-    def verify_patches(self) -> None:
-        """Raise unless every patched module counted a call; the loop asks after its first step."""
-        self.patches.verify()
-
 
 def job_name(hook: str, form: str) -> str:
     """`build_loss`, or `load_model[gguf]` for a hook with one owner per format."""

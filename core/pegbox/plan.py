@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pegbox import __version__, hooks
 from pegbox.config import Config, read_run_section, read_sections
@@ -19,9 +19,7 @@ from pegbox.context import Context
 from pegbox.errors import fail
 from pegbox.kernel import SPECS, Kernel, job_name
 from pegbox.source import read
-
-if TYPE_CHECKING:
-    from pegbox.types import Runtime
+from pegbox.types import Runtime
 
 NEEDED = (
     *("build_runtime", "load_processor", "build_dataset", "load_model", "place_model", "build_loss", "build_batches"),

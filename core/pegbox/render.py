@@ -7,11 +7,10 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from pegbox.context import Context
-    from pegbox.plan import Plan
+from pegbox.context import Context
+from pegbox.plan import Plan
 
 Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
 

@@ -7,7 +7,7 @@ from pegbox.assembly import model_request, prepare_model
 from pegbox.context import Context
 from pegbox.errors import fail
 from pegbox.events import RunEnded, RunFailed
-from pegbox.folder import Record, claim, resume_point
+from pegbox.folder import claim, resume_point
 from pegbox.merging import merge_groups
 from pegbox.plan import require_training
 from pegbox.types import ExportRequest, Job, Outcome
@@ -44,7 +44,6 @@ def _story(ctx: Context) -> Outcome:
     groups = merge_groups(model, ctx.each(hooks.configure_groups, ctx, model))
     optimization = ctx.call(hooks.build_optimizer, ctx, model, groups)
     store = ctx.call(hooks.open_checkpoints, ctx)
-    record = Record.open(ctx, train, held_out)
 
     resume = resume_point(store, ctx.config.run.resume)
     job = Job(
@@ -60,6 +59,5 @@ def _story(ctx: Context) -> Outcome:
 
     if outcome.reason != "interrupted":
         ctx.call(hooks.export_model, ctx, model, ExportRequest(folder=ctx.folder, format=model.adapter or model.format))
-    record.close(outcome)
     ctx.notify(RunEnded(outcome=outcome, folder=ctx.folder))
     return outcome

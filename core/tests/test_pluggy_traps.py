@@ -166,10 +166,10 @@ def test_here_a_default_argument_is_refused(composed) -> None:
         composed({"defaulted": Defaulted()})
 
 
-# ---- specname escapes subset_hook_caller ----
+# ---- specname escapes subset_hook_caller (1.6 looks for an attribute with the name of the hook) ----
 
 
-def test_in_pluggy_an_implementation_under_another_name_escapes_the_subset(manager) -> None:
+def test_in_pluggy_an_implementation_under_another_name_escapes_the_subset_or_not_depending_on_the_version(manager) -> None:
     class Renamed:
         @plain_impl(specname="make")
         def my_own_make(self, value: int) -> str:
@@ -178,7 +178,8 @@ def test_in_pluggy_an_implementation_under_another_name_escapes_the_subset(manag
     renamed = Renamed()
     manager.register(answering("wanted"))
     manager.register(renamed)
-    assert manager.subset_hook_caller("make", [renamed])(value=1) == "escaped"
+    answer = manager.subset_hook_caller("make", [renamed])(value=1)
+    assert answer == ("wanted" if VERSION >= (1, 7) else "escaped")
 
 
 def test_here_an_implementation_under_another_name_is_refused(composed) -> None:

@@ -6,13 +6,13 @@
         plugin = "hinge"
         config = {"margin": 0.5}
 
-A rule is a plain function in `pegbox.testing.rules` that raises `RuleBroken` with what was seen, why it is a rule, and what
-to change; the classes in `pegbox.testing.conformance` turn rules into tests. The idea of standard tests that are
-inherited and may not be silently overridden follows langchain's `langchain_tests`.
+A rule is a plain function in `pegbox.testing.rules` that raises `RuleBroken` with what was seen, why it is a rule,
+and what to change; the classes in `pegbox.testing.conformance` turn rules into tests. The idea of standard tests that
+are inherited and may not be silently overridden follows langchain's `langchain_tests`.
 
-The kit needs pytest (`pip install 'pegbox-core[testing]'`) and runs without torch; what needs torch or transformers imports them
-when it is used, and is skipped only where they are not installed. Nothing is imported here: pytest loads this
-package wherever the core is installed.
+The kit needs pytest (`pip install 'pegbox-core[testing]'`) and runs without torch; what needs torch or transformers
+imports them when it is used, and is skipped only where they are not installed. Nothing is imported here: pytest loads
+this package wherever the core is installed.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from pegbox.testing.libraries import torch
 from pegbox.types import UNTRAINED, Batch, Extra
 
 if TYPE_CHECKING:
@@ -20,15 +21,13 @@ def pad_batch(batch: Batch, columns: int) -> Batch:
     Raises:
         ValueError: the batch is packed; its rows have no padding to lengthen.
     """
-    from torch.nn.functional import pad
-
     if batch.cu_seqlens_S is not None:
         raise ValueError("a packed batch has no padding to lengthen")
     width = batch.input_ids_BT.shape[1]
     row, column = batch.trained_N // width, batch.trained_N % width
 
     def wider(tensor: Tensor | None, value: int = 0) -> Any:
-        return None if tensor is None else pad(tensor, (0, columns), value=value)
+        return None if tensor is None else _pad(tensor, (0, columns), value)
 
     return replace(
         batch,
@@ -42,12 +41,14 @@ def pad_batch(batch: Batch, columns: int) -> Batch:
 
 
 def _pad_extra(extra: Extra, columns: int) -> Extra:
-    from torch.nn.functional import pad
-
     if extra.layout != "token":
         return extra
     inner = (0, 0) * (extra.value.ndim - 2)
-    return replace(extra, value=pad(extra.value, (*inner, 0, columns)))
+    return replace(extra, value=_pad(extra.value, (*inner, 0, columns)))
+
+
+def _pad(tensor: Tensor, amounts: tuple[int, ...], value: int = 0) -> Tensor:
+    return torch().nn.functional.pad(tensor, amounts, value=value)
 
 
 def split_batch(batch: Batch, rows: int = 1) -> list[Batch]:

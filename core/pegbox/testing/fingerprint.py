@@ -1,7 +1,7 @@
 """Which functions and methods of other packages a piece of code replaced.
 
-A patch belongs to one instance of one model. Code that assigns to a class or a module of another package changes every model of
-the process, cannot be undone, and meets the next one who does the same. The fingerprint is every function and
+A patch belongs to one instance of one model. Code that assigns to a class or a module of another package changes every
+model of the process, cannot be undone, and meets the next one who does the same. The fingerprint is every function and
 class of the loaded modules and every attribute of those classes, compared by identity.
 """
 

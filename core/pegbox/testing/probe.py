@@ -1,7 +1,7 @@
 """What a plugin does to a fresh interpreter: what its import loads, what declaring loads, and what it declares.
 
-Imports and declarations are looked at in a process of their own, because in the one that runs the tests everything is loaded
-already. The same report is made here and there, so that the two can be compared.
+Imports and declarations are looked at in a process of their own, because in the one that runs the tests everything is
+loaded already. The same declarations are collected here and there, so that the two can be compared.
 """
 
 from __future__ import annotations

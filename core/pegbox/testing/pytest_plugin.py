@@ -11,7 +11,8 @@ import pytest
 
 if TYPE_CHECKING:
     from pegbox.context import Context
-    from pegbox.types import Batch, Model, Runtime
+    from pegbox.testing.runtime import FakeRuntime
+    from pegbox.types import Batch, Model
 
 Composer = Callable[..., "Context"]
 
@@ -41,7 +42,7 @@ def compose_config(tmp_path: Path) -> Iterator[Composer]:
 
 
 @pytest.fixture
-def fake_runtime() -> Runtime:
+def fake_runtime() -> FakeRuntime:
     """One rank on the CPU."""
     from pegbox.testing.runtime import FakeRuntime
 

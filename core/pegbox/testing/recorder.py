@@ -1,4 +1,4 @@
-"""Recording which hooks were called, with what, in which order, and what came back; pytest's `HookRecorder` is the model."""
+"""Which hooks were called, with what, in which order, and what came back; pytest's `HookRecorder` is the model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pegbox.context import Context
-    from pegbox.events import Event, Signal
+    from pegbox.events import Event
     from pegbox.kernel import Kernel
 
 
@@ -32,7 +32,7 @@ class HookCall:
 
 
 class HookRecorder:
-    """Records every hook call of one kernel while it is entered; `calls` holds them in the order in which they ended."""
+    """Records every hook call of one kernel while it is entered; `calls` holds them in the order they ended."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.calls: list[HookCall] = []
@@ -80,10 +80,9 @@ class HookRecorder:
         plugins = tuple(i.plugin for i in self._kernel.implementations(spec.__name__))
         return self._recorded(spec.__name__, plugins, arguments, lambda: original(spec, *given, **named))
 
-    def _notify(self, original: Callable[..., Any], ctx: Context, event: Event) -> Signal:
+    def _notify(self, original: Callable[..., Any], ctx: Context, event: Event) -> Any:
         plugins = tuple(i.plugin for i in self._kernel.implementations("on_event"))
-        answer = self._recorded("on_event", plugins, {"ctx": ctx, "event": event}, lambda: original(ctx, event))
-        return answer  # type: ignore[no-any-return]
+        return self._recorded("on_event", plugins, {"ctx": ctx, "event": event}, lambda: original(ctx, event))
 
     def _recorded(
         self, hook: str, plugins: tuple[str, ...], arguments: Mapping[str, Any], ask: Callable[[], Any]

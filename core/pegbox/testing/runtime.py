@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
+from pegbox.testing.libraries import torch
+
 if TYPE_CHECKING:
     from torch import Tensor, device
 
@@ -18,9 +20,7 @@ class FakeRuntime:
 
     @cached_property
     def device(self) -> device:
-        import pytest
-
-        return cast("device", pytest.importorskip("torch").device("cpu"))
+        return cast("device", torch().device("cpu"))
 
     def barrier(self) -> None:
         """Nobody to wait for."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import Distribution
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pegbox.discovery import Installed, discover
 from pegbox.kernel import Kernel
@@ -17,6 +17,7 @@ from pegbox.testing.rule import RuleBroken, require
 if TYPE_CHECKING:
     from pegbox.context import Context
     from pegbox.section import Section
+    from pegbox.types import Runtime
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Subject:
         from pegbox.testing.tiny import tiny_processor
 
         ctx = compose(self.mapping(folder / "run"))
-        ctx.runtime = FakeRuntime()
+        ctx.runtime = cast("Runtime", FakeRuntime())
         ctx.processor = tiny_processor()
         ctx.total_steps = 10
         return ctx

@@ -1,7 +1,7 @@
 """Small real things: a Llama of two layers with a plain forward, batches for it, a tokenizer of bytes, rollouts.
 
-The model is transformers' own, made from a config with seeded random weights; nothing is downloaded. torch and transformers
-are imported when they are asked for, and a test that asks for them is skipped where they are not installed.
+The model is transformers' own, made from a config with seeded random weights; nothing is downloaded. torch and
+transformers are imported when they are asked for, and a test that asks for them is skipped where they are missing.
 Shape suffixes as in `pegbox.types`: B rows, T tokens of a row, N trained tokens, V vocabulary.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pegbox.rollouts import Rollout, RolloutBatch
+from pegbox.testing.libraries import torch, transformers
 from pegbox.types import UNTRAINED, Batch, Example, Json, Model, Need, Outputs, Processor, Split
 
 if TYPE_CHECKING:
@@ -30,12 +31,6 @@ LENGTHS = ((9, 3), (6, 2), (11, 8), (5, 1), (8, 0), (7, 4))
 """Tokens of each row of `tiny_batches`, and how many of them at the start are not trained."""
 
 
-def _torch() -> Any:
-    import pytest
-
-    return pytest.importorskip("torch", reason="this rule computes with torch, which is not installed")
-
-
 def tiny_model(seed: int = 0, *, placed: bool = False, **changes: Any) -> Model:
     """A Llama of 2 layers, 64 wide, in float32 on the CPU, ready to be patched, adapted and trained.
 
@@ -44,18 +39,14 @@ def tiny_model(seed: int = 0, *, placed: bool = False, **changes: Any) -> Model:
         placed: give it a placement and a forward, as `place_model` would.
         changes: fields of transformers' LlamaConfig that differ, such as `tie_word_embeddings=True`.
     """
-    import pytest
-
-    torch = _torch()
-    transformers = pytest.importorskip("transformers", reason="tiny_model is transformers' Llama, which is not installed")
     shape = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
-    config = transformers.LlamaConfig(
+    config = transformers().LlamaConfig(
         **{**shape, **heads, "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS, **changes}
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module = transformers.LlamaForCausalLM(config).train()
+    with torch().random.fork_rng(devices=[]):
+        torch().manual_seed(seed)
+        module = transformers().LlamaForCausalLM(config).train()
     traits = frozenset({"causal", "tied_head"} if config.tie_word_embeddings else {"causal"})
     model = Model(module=module, name="tiny", base="tiny", format="transformers", compute=compute, traits=traits)
     if not placed:
@@ -108,28 +99,27 @@ class TinyPlacement:
 
     def clip_gradients(self, max_norm: float | None) -> Tensor:
         limit = float("inf") if max_norm is None else max_norm
-        return cast("Tensor", _torch().nn.utils.clip_grad_norm_(self._module.parameters(), limit))
+        return cast("Tensor", torch().nn.utils.clip_grad_norm_(self._module.parameters(), limit))
 
     def save(self, folder: Path, optimizer: Optimizer) -> None:
         state = {"model": self._module.state_dict(), "optimizer": optimizer.state_dict()}
-        _torch().save(state, folder / "placement.pt")
+        torch().save(state, folder / "placement.pt")
 
     def load(self, folder: Path, optimizer: Optimizer) -> None:
-        state = _torch().load(folder / "placement.pt", weights_only=True)
+        state = torch().load(folder / "placement.pt", weights_only=True)
         self._module.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
 
 
 def tiny_batches(rows: int = 3, seed: int = 0) -> list[Batch]:
     """Two micro-batches of random tokens, `rows` rows each of different length, some of whose tokens are trained."""
-    torch = _torch()
-    source = torch.Generator().manual_seed(seed)
+    source = torch().Generator().manual_seed(seed)
     made = []
     for start in (0, rows):
         shapes = [LENGTHS[index % len(LENGTHS)] for index in range(start, start + rows)]
         examples = []
         for length, prompt in shapes:
-            ids = torch.randint(0, 256, (length,), generator=source).tolist()
+            ids = torch().randint(0, 256, (length,), generator=source).tolist()
             examples.append(Example(input_ids=ids, labels=[UNTRAINED] * prompt + ids[prompt:]))
         made.append(collate(examples, tuple(range(start, start + rows))))
     return made
@@ -137,15 +127,14 @@ def tiny_batches(rows: int = 3, seed: int = 0) -> list[Batch]:
 
 def collate(examples: Sequence[Example], rows: tuple[int, ...] = ()) -> Batch:
     """Examples as one padded batch."""
-    torch = _torch()
     width = max(len(example.input_ids) for example in examples)
-    input_ids_BT = torch.full((len(examples), width), PAD)
-    targets_BT = torch.full_like(input_ids_BT, UNTRAINED)
-    mask_BT = torch.zeros_like(input_ids_BT)
+    input_ids_BT = torch().full((len(examples), width), PAD)
+    targets_BT = torch().full_like(input_ids_BT, UNTRAINED)
+    mask_BT = torch().zeros_like(input_ids_BT)
     for row, example in enumerate(examples):
         length = len(example.input_ids)
-        input_ids_BT[row, :length] = torch.tensor(example.input_ids)
-        targets_BT[row, : length - 1] = torch.tensor(example.labels)[1:]
+        input_ids_BT[row, :length] = torch().tensor(example.input_ids)
+        targets_BT[row, : length - 1] = torch().tensor(example.labels)[1:]
         mask_BT[row, :length] = 1
     return Batch(
         input_ids_BT=input_ids_BT,
@@ -176,7 +165,7 @@ class TinyExamples:
 
 
 class ByteTokenizer:
-    """One token per byte of UTF-8, in plain Python; the part of a tokenizer's interface that rewards and formats use."""
+    """One token per byte of UTF-8, in plain Python: the part of a tokenizer's interface that rewards use."""
 
     pad_token_id, bos_token_id, eos_token_id = PAD, BOS, EOS
     pad_token, bos_token, eos_token = "<pad>", "<bos>", "<eos>"
@@ -207,7 +196,7 @@ def tiny_processor() -> Processor:
 
 
 def tiny_rollouts(samples: int = 2) -> RolloutBatch:
-    """Completions of three prompts about sums, right, wrong, empty and cut off; the column `answer` holds the right one."""
+    """Completions of three sums: right, wrong, empty, cut off; the column `answer` holds the right one."""
     texts = {"1+1=": ("2", ["2", "3, I think"]), "2+3=": ("5", ["", "it is 5"]), "4+5=": ("9", ["9" * 12, "nine"])}
     rollouts = []
     for prompt, (answer, completions) in texts.items():

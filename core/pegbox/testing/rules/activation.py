@@ -22,7 +22,7 @@ def _report(subject: Subject) -> dict[str, Any]:
         raise RuleBroken(
             f"'{subject.plugin}' cannot be activated in a process of its own:\n{report['error']}",
             "Every process of a run activates its plugins itself.",
-            "Look at the last lines above; set `config` and `with_plugins` in the conformance class if they are missing.",
+            "Look at the last lines above; set `config` and `with_plugins` in the conformance class if they miss.",
         )
     return report
 
@@ -33,7 +33,7 @@ def is_imported_in_no_time(subject: Subject) -> None:
     require(
         not others,
         f"importing {subject.package} and making its instance imports {', '.join(others)}",
-        "`pegbox plan` and every error message import the listed plugins: they answer at once, and without a GPU library.",
+        "`pegbox plan` imports the listed plugins: it answers at once, and without a GPU library.",
         "Move the import into the hook that needs it, and under `if TYPE_CHECKING` for annotations.",
     )
 
@@ -85,7 +85,9 @@ def is_activated_anew_each_time(subject: Subject) -> None:
 
 def _state(instance: object) -> Iterator[tuple[str, object]]:
     """What an instance can change: its own containers, and those of its class that are not written as constants."""
-    yield from ((name, value) for name, value in vars(instance).items() if isinstance(value, MUTABLE))
+    yield from (
+        (name, value) for name, value in getattr(instance, "__dict__", {}).items() if isinstance(value, MUTABLE)
+    )
     for cls in type(instance).__mro__[:-1]:
         yield from (
             (name, value)

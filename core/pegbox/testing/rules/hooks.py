@@ -39,4 +39,3 @@ def marks_every_hook(subject: Subject) -> None:
         "A method that is not marked is never called, whatever its name.",
         "Write @hookimpl from pegbox.hooks above it.",
     )
-

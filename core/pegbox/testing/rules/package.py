@@ -44,7 +44,9 @@ def requires_the_core(subject: Subject) -> None:
     from pegbox import __version__
 
     requirements = [re.sub(r"[()\s]", "", text.partition(";")[0]) for text in subject.distribution.requires or ()]
-    found = [match[1] for text in requirements if (match := re.fullmatch(r"pegbox[-_.]core(?:\[.*\])?([^a-z].*)?", text))]
+    found = [
+        match[1] for text in requirements if (match := re.fullmatch(r"pegbox[-_.]core(?:\[.*\])?([^a-z].*)?", text))
+    ]
     why = "The version of the core is the version of the hooks; a plugin for another one must be refused by name."
     fix = "Write into dependencies: pegbox-core>=0.1,<0.2"
     require(bool(found), f"{subject.installed} does not require pegbox-core", why, fix)

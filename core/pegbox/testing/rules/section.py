@@ -121,4 +121,9 @@ def has_a_schema(subject: Subject) -> None:
         raise RuleBroken(
             f"{schema.__name__} has no JSON schema: {error}", why, "Use types and defaults that JSON has."
         ) from error
-    require(first == second, f"the JSON schema of {schema.__name__} changes from one call to the next", why, "Make it constant.")
+    require(
+        first == second,
+        f"the JSON schema of {schema.__name__} changes from one call to the next",
+        why,
+        "Make it constant.",
+    )
