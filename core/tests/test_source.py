@@ -72,8 +72,9 @@ def test_keys_are_words_whatever_they_look_like() -> None:
     assert parse_override("key={1: a, no: b}")[1] == {"1": "a", "no": "b"}
 
 
-# JSON writes characters beyond the basic plane as two escapes, which YAML does not read as one character.
-TEXT = st.text(st.characters(max_codepoint=0xFFFF, exclude_categories=["Cs"]))
+# JSON writes characters beyond the basic plane as two escapes, which YAML does not read as one character; and a key of
+# YAML has at most 1024 characters, escapes included.
+TEXT = st.text(st.characters(max_codepoint=0xFFFF, exclude_categories=["Cs"]), max_size=20)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),

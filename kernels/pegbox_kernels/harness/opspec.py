@@ -1,0 +1,79 @@
+"""The record of an operation: all that its tests, its benchmark and its correctness gate know of it.
+
+An operation and its reference take the same keyword arguments and return the same tuple of tensors (None
+where an output was not asked for). The reference computes fp64 inputs in fp64, which is the truth, and all
+others as plain PyTorch would, which is the measure of what error is fair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Inputs: TypeAlias = dict[str, Any]
+Outputs: TypeAlias = tuple[Tensor | None, ...]
+Make: TypeAlias = Callable[[torch.dtype, torch.device], Inputs]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Small inputs that parity compares on; `make` is seeded, so that it gives the same values each time."""
+
+    name: str
+    make: Make
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """The least that must be done: bytes of device memory read or written, floating-point operations."""
+
+    bytes_moved: int
+    flops: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """Inputs of a real size, for the benchmark, with the cost of each pass over them."""
+
+    name: str
+    dtype: torch.dtype
+    make: Make
+    forward: Cost
+    backward: Cost
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpSpec:
+    """An operation.
+
+    Attributes:
+        name: of the operation and of its directory.
+        source: the papers and projects it follows.
+        op, reference: called with the inputs of a sample as keyword arguments.
+        differentiable: inputs that have a gradient.
+        outputs: names of the outputs, in order.
+        samples: what parity compares on, in each of `dtypes`.
+        workloads: what the benchmark measures.
+        contenders: `contenders(inputs)` gives callables by name, ours and its peers'; a peer that is not
+            installed or cannot do it is left out. Each returns tensors to differentiate.
+        variants: `variants(inputs)` gives callables by name that differ in launch settings only.
+        floor: error allowed beyond twice that of plain PyTorch, relative to the largest value of the tensor
+            (1 at least).
+    """
+
+    name: str
+    source: str
+    op: Callable[..., Outputs]
+    reference: Callable[..., Outputs]
+    differentiable: tuple[str, ...]
+    outputs: tuple[str, ...]
+    samples: tuple[Sample, ...]
+    dtypes: tuple[torch.dtype, ...]
+    workloads: tuple[Workload, ...]
+    contenders: Callable[[Inputs], Mapping[str, Callable[[], Outputs]]]
+    variants: Callable[[Inputs], Mapping[str, Callable[[], object]]] = field(default=lambda _: {})
+    floor: float = 1e-6

@@ -1,0 +1,136 @@
+"""Text with trained spans as token ids with a mask.
+
+A text is tokenized once and whole: pieces tokenized apart would give other tokens at their borders than the
+model will see. The tokenizer reports which characters each token covers; a token is trained if it begins
+inside a span and ends by the span's limit. A token that reaches over a border belongs to neither side: it is
+not trained, and it is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from pegbox.errors import DataError
+from tokenizers.processors import Sequence as Processors
+
+if TYPE_CHECKING:
+    from pegbox.types import Processor
+    from tokenizers import Encoding, Tokenizer
+
+    from pegbox_data.formats import Rendered, Span
+
+BORDER_TOKENS = "tokens reach over the border of a trained part and are not trained"
+
+
+@dataclass(slots=True)
+class Encoded:
+    """One row: `ids` int32 and `trained` bool, both of length T; `border_tokens` were left out of it."""
+
+    ids: np.ndarray
+    trained: np.ndarray
+    border_tokens: int
+
+
+class Encoder:
+    """Tokenizes rendered rows with a processor's fast tokenizer."""
+
+    def __init__(self, processor: Processor) -> None:
+        tokenizer = processor.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise DataError(
+                f"the tokenizer of {tokenizer.name_or_path or type(tokenizer).__name__} is no fast tokenizer",
+                "Masks need to know which characters each token covers.",
+                "Use a model that comes with a tokenizer.json.",
+            )
+        self._backend: Tokenizer = backend
+        self._bos = _prefix(backend)
+        self._eos: int | None = tokenizer.eos_token_id
+
+    @contextmanager
+    def session(self) -> Iterator[Encoder]:
+        """Around `encode`: the tokenizer without padding, truncation and post-processing, put back as it was
+        afterwards.
+
+        Post-processors add special tokens, which templates have written already, and some (Llama 3's) report
+        a token's characters without the spaces it covers, which hides tokens that reach over a border.
+        """
+        backend = self._backend
+        processor, padding, truncation = backend.post_processor, backend.padding, backend.truncation
+        backend.post_processor = Processors([])
+        backend.no_padding()
+        backend.no_truncation()
+        try:
+            yield self
+        finally:
+            if processor is not None:
+                backend.post_processor = processor
+            if padding:
+                backend.enable_padding(**padding)
+            if truncation:
+                backend.enable_truncation(**truncation)
+
+    def encode(self, rows: Sequence[Rendered]) -> list[Encoded]:
+        """Tokenize rows in one batch."""
+        encodings = self._backend.encode_batch([row.text for row in rows], add_special_tokens=False)
+        return [self._row(row, encoding) for row, encoding in zip(rows, encodings, strict=True)]
+
+    def _row(self, row: Rendered, encoding: Encoding) -> Encoded:
+        ids = np.array(encoding.ids, dtype=np.int32)
+        trained = np.zeros(len(ids), dtype=bool)
+        border_tokens = 0
+        for span in row.spans:
+            first, last, outside = _tokens(encoding, span, len(row.text))
+            trained[first:last] = True
+            border_tokens += outside
+        if row.bos and self._bos and not (len(ids) and ids[0] == self._bos[0]):
+            ids = np.concatenate([np.array(self._bos, dtype=np.int32), ids])
+            trained = np.concatenate([np.zeros(len(self._bos), dtype=bool), trained])
+        if row.eos:
+            if self._eos is None:
+                raise DataError(
+                    "the tokenizer has no EOS token",
+                    "Plain text must end with it.",
+                    "Set it in tokenizer_config.json.",
+                )
+            ids, trained = np.append(ids, np.int32(self._eos)), np.append(trained, True)
+        return Encoded(ids, trained, border_tokens)
+
+
+def _tokens(encoding: Encoding, span: Span, length: int) -> tuple[int, int, int]:
+    """The range of a span's tokens, and how many tokens reach over one of its two borders."""
+    count = len(encoding)
+    first, outside = _token_at(encoding, span.start, length), 0
+    while first < count and _chars(encoding, first)[0] < span.start:
+        first, outside = first + 1, 1
+    last = max(first, _token_at(encoding, span.end, length))
+    while last < count and _chars(encoding, last)[0] < span.end:
+        if _chars(encoding, last)[1] > span.limit:
+            return first, last, outside + 1
+        last += 1
+    return first, last, outside
+
+
+def _token_at(encoding: Encoding, at: int, length: int) -> int:
+    """The first token that covers character `at` or a later one."""
+    while at < length:
+        token = encoding.char_to_token(at)
+        if token is not None:
+            return int(token)
+        at += 1
+    return len(encoding)
+
+
+def _chars(encoding: Encoding, token: int) -> tuple[int, int]:
+    chars = encoding.token_to_chars(token)
+    return chars if chars is not None else (0, 0)
+
+
+def _prefix(backend: Tokenizer) -> list[int]:
+    """What the tokenizer's post-processor puts before a text, such as BOS."""
+    bare, full = backend.encode("a", add_special_tokens=False).ids, backend.encode("a").ids
+    return list(full[: full.index(bare[0])]) if bare and bare[0] in full else []

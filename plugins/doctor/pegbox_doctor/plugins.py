@@ -1,0 +1,90 @@
+"""The installed plugins, commands and recipes: whether each name is there once, and can be used."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.util import find_spec
+from pathlib import Path
+
+import typer
+from pegbox.discovery import Installed, discover
+from pegbox.errors import PegboxError, fail
+from pegbox.kernel import Kernel
+
+from pegbox_doctor.report import Report
+
+
+def check_plugins(report: Report) -> None:
+    """Activate each plugin alone, as a run that lists it would; import each command; find each recipe."""
+    for name, found in sorted(discover().items()):
+        if len(found) > 1:
+            both = " and ".join(map(str, found))
+            report.problem_of(fail("plugin-ambiguous", name=name, both=both, last=found[-1].distribution))
+        else:
+            _check_plugin(report, found[0])
+    for name, found in sorted(discover("pegbox.commands").items()):
+        _check_once(report, "command", name, found)
+        for command in found:
+            _check_command(report, command)
+    for name, found in sorted(discover("pegbox.recipes").items()):
+        _check_once(report, "recipe", name, found)
+        for recipe in found:
+            _check_recipe(report, recipe)
+
+
+def _check_plugin(report: Report, plugin: Installed) -> None:
+    try:
+        Kernel.activate([plugin.name], Path()).schemas()
+    except PegboxError as error:
+        report.problem_of(error)
+    except (Exception, SystemExit) as error:
+        report.problem(
+            f"plugin '{plugin.name}' ({plugin}) fails when it is activated: {type(error).__name__}: {error}",
+            "What it declares is asked for before a config is final.",
+            f"Type: pip install --force-reinstall {plugin.distribution}   (or report it to its author)",
+        )
+
+
+def _check_once(report: Report, kind: str, name: str, found: list[Installed]) -> None:
+    if len(found) > 1:
+        report.problem(
+            f"two distributions bring a {kind} named '{name}': {' and '.join(map(str, found))}",
+            "Which one is used depends on the order of installation.",
+            f"Type: pip uninstall {found[-1].distribution}",
+        )
+
+
+def _check_command(report: Report, command: Installed) -> None:
+    from pegbox.cli import app
+
+    if command.name in typer.main.get_command(app).commands:  # type: ignore[attr-defined]
+        report.problem(
+            f"the command '{command.name}' of {command} is hidden by the core's own",
+            "The core's commands come first.",
+            f"Ask the author of {command.distribution} for another name, or upgrade it.",
+        )
+    module, _, attribute = command.value.partition(":")
+    try:
+        target = getattr(importlib.import_module(module), attribute, None)
+    except (Exception, SystemExit) as error:
+        problem = f"{type(error).__name__}: {error}"
+    else:
+        problem = "" if callable(target) else f"{module} has no function {attribute}"
+    if problem:
+        report.problem(
+            f"the command '{command.name}' of {command} cannot be loaded: {problem}",
+            f"It failed while importing {command.value}.",
+            f"Type: pip install --force-reinstall {command.distribution}",
+        )
+
+
+def _check_recipe(report: Report, recipe: Installed) -> None:
+    package, _, file = recipe.value.partition(":")
+    spec = find_spec(package) if package.isidentifier() else None
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    if not any((Path(place) / file).is_file() for place in places):
+        report.problem(
+            f"the recipe '{recipe.name}' of {recipe} names {recipe.value}, which does not exist",
+            "recipe://" + recipe.name + " would fail.",
+            f"Type: pip install --force-reinstall {recipe.distribution}",
+        )

@@ -1,0 +1,49 @@
+"""Models and tokenizers of Hugging Face transformers: from a folder, the hub, a GGUF file, or an installed package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pegbox.hooks import hookimpl
+from pegbox.types import ConfigSection, Item
+
+if TYPE_CHECKING:
+    from pegbox.context import Context
+    from pegbox.types import ExportRequest, Model, ModelRequest, Processor
+
+FORMAT = "transformers"
+
+
+class HfPlugin:
+    """Loads and exports the format `transformers`."""
+
+    @hookimpl
+    def register_config(self) -> ConfigSection:
+        from pegbox_hf.config import HfConfig
+
+        return ConfigSection(schema=HfConfig)
+
+    @hookimpl
+    def register_items(self) -> Sequence[Item]:
+        doc = "A folder or hub repository that from_pretrained opens."
+        return [Item(kind=kind, name=FORMAT, target=FORMAT, doc=doc) for kind in ("model_format", "export_format")]
+
+    @hookimpl
+    def load_processor(self, ctx: Context) -> Processor:
+        from pegbox_hf.processor import load_processor
+
+        return load_processor(ctx)
+
+    @hookimpl
+    def load_model(self, ctx: Context, request: ModelRequest) -> Model:
+        from pegbox_hf.loading import load_model
+
+        return load_model(ctx, request)
+
+    @hookimpl
+    def export_model(self, ctx: Context, model: Model, request: ExportRequest) -> Path:
+        from pegbox_hf.export import export_model
+
+        return export_model(ctx, model, request)

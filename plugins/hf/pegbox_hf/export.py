@@ -1,0 +1,46 @@
+"""Writing a trained model so that `from_pretrained` and servers open the folder as it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pegbox_hf.config import HfConfig
+from pegbox_hf.forward import bare
+from pegbox_hf.quiet import quiet
+from pegbox_hf.source import CONFIG
+
+if TYPE_CHECKING:
+    from pegbox.context import Context
+    from pegbox.types import ExportRequest, Model
+
+
+def export_model(ctx: Context, model: Model, request: ExportRequest) -> Path:
+    """Write weights (safetensors), config, generation config, tokenizer and chat template; only rank 0 writes."""
+    if ctx.runtime.rank == 0:
+        with quiet():
+            _write(ctx, model, request.folder)
+    return request.folder
+
+
+def _write(ctx: Context, model: Model, folder: Path) -> None:
+    import torch
+
+    network, wanted = bare(model.module), ctx.section(HfConfig).export_dtype
+    if wanted == "trained":
+        network.save_pretrained(folder)
+    else:
+        dtype = getattr(torch, wanted)
+        weights = {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in network.state_dict().items()
+        }
+        network.save_pretrained(folder, state_dict=weights)
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        (folder / CONFIG).write_text(json.dumps({**config, "dtype": wanted}, indent=2) + "\n", encoding="utf-8")
+    ctx.processor.tokenizer.save_pretrained(folder)
+    for part in ctx.processor.parts.values():
+        save = getattr(part, "save_pretrained", None)
+        if save is not None:
+            save(folder)

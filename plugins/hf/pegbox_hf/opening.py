@@ -1,0 +1,158 @@
+"""Opening what `model.name` says with transformers, and saying clearly why it does not open.
+
+Remote code runs only if `hf.trust_remote_code` lists the very name; nothing is downloaded before the config of the model
+was read and found to be usable.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from pegbox.errors import UserError
+
+from pegbox_hf import gguf_file
+from pegbox_hf.config import HfConfig
+from pegbox_hf.conversion import converted, place
+from pegbox_hf.source import Source, base_of_adapter, locate
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pegbox.context import Context
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A located model with its config read.
+
+    Attributes:
+        source: what `from_pretrained` opens; of an adapter, the adapter's folder.
+        base: what `from_pretrained` opens to get the base model.
+        config: the config of the base model.
+        trusted: whether its own Python code may run.
+    """
+
+    source: Source
+    base: Source
+    config: PretrainedConfig
+    trusted: bool
+
+    @property
+    def arguments(self) -> dict[str, object]:
+        """Arguments that every `from_pretrained` of this model takes."""
+        return {"revision": self.source.revision or "main", "trust_remote_code": self.trusted}
+
+
+def find(ctx: Context, name: str, revision: str | None) -> Source:
+    """Where the model `name` lies; GGUF files as they are."""
+    return locate(name, ctx.config.path, revision)
+
+
+def open_config(ctx: Context, name: str, revision: str | None, *, convert: bool = True) -> Opened:
+    """Locate a model and read its config.
+
+    Args:
+        ctx: the run.
+        name: as the config has it.
+        revision: of a hub repository.
+        convert: convert a GGUF file if it has not been; otherwise only its header is read.
+
+    Raises:
+        UserError: it is not there, cannot be reached, or needs code that the config does not trust.
+    """
+    settings = ctx.section(HfConfig)
+    source = find(ctx, name, revision)
+    base = source
+    if source.kind == "adapter" and source.path is not None:
+        base = find(ctx, base_of_adapter(source.path), None)
+    trusted = name in settings.trust_remote_code or base.name in settings.trust_remote_code
+    if base.kind == "gguf" and base.path is not None:
+        cache = ctx.config.path(settings.cache)
+        if not convert and not place(base.path, cache).exists():
+            return Opened(source, base, _header_config(base.path), trusted)
+        folder = replace(base, kind="folder", path=converted(base.path, cache))
+        source, base = (folder if source is base else source), folder
+    return Opened(source, base, _read_config(base, trusted), trusted)
+
+
+def _header_config(path: Path) -> PretrainedConfig:
+    from pegbox_hf.gguf_weights import read_config
+
+    return read_config(gguf_file.read(path))
+
+
+def _read_config(source: Source, trusted: bool) -> PretrainedConfig:
+    from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+    revision = source.revision or "main"
+    if source.kind == "hub":
+        reach(source)
+    try:
+        written, _ = PretrainedConfig.get_config_dict(source.address, revision=revision)
+    except OSError as error:
+        raise UserError(
+            f"the config of '{source.name}' cannot be read: {first_line(error)}",
+            "A model's folder holds a config.json that is valid JSON.",
+            "Correct model.name, or restore the file.",
+        ) from error
+    kind = written.get("model_type")
+    if kind not in CONFIG_MAPPING and "auto_map" in written and not trusted:
+        raise UserError(
+            f"'{source.name}' runs its own Python code (model type '{kind}')",
+            "Code that comes with a model can do anything; it runs only for models that the config names.",
+            f"If you have read it and trust it, add to the config: hf: {{trust_remote_code: [{source.name}]}}",
+        )
+    try:
+        return AutoConfig.from_pretrained(source.address, revision=revision, trust_remote_code=trusted)
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"transformers does not know the model type '{kind}' of '{source.name}'",
+            first_line(error),
+            "Type: pip install --upgrade transformers",
+        ) from error
+
+
+def reach(source: Source) -> None:
+    """Have the config of a hub model in the hub's cache.
+
+    Raises:
+        UserError: no such repository or revision, no permission, no connection and nothing cached.
+    """
+    from huggingface_hub import errors, hf_hub_download
+
+    name = source.name
+    try:
+        hf_hub_download(name, "config.json", revision=source.revision)
+    except errors.GatedRepoError as error:
+        raise UserError(
+            f"the hub does not let you read '{name}'", "Its owner asks for consent first.", "Accept it there, then: hf auth login"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise UserError(
+            f"'{name}' has no revision '{source.revision}'", "The hub knows no such branch, tag or commit.", "Correct model.revision."
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise UserError(
+            f"there is no model '{name}' on the hub, or it is private",
+            "No folder of this name exists either.",
+            "Correct model.name; for a private repository: hf auth login",
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise UserError(
+            f"no model '{name}': no folder of this name exists, it is not in the hub's cache, and the hub cannot be reached",
+            "A hub model is downloaded once; after that no connection is needed.",
+            "Connect and try again, or set model.name to a local folder or GGUF file.",
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise UserError(
+            f"the repository '{name}' has no config.json", "It is not in transformers' layout.", "Correct model.name."
+        ) from error
+    except (OSError, errors.HFValidationError) as error:
+        raise UserError(f"'{name}' cannot be read from the hub: {first_line(error)}", "", "Correct model.name.") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error of a library."""
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__

@@ -1,0 +1,60 @@
+"""One training loop, and what it stands on: runtime, placement, batches, checkpoints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pegbox.events import Event, RunEnded
+from pegbox.hooks import hookimpl
+from pegbox.types import ConfigSection
+
+if TYPE_CHECKING:
+    from pegbox.context import Context
+    from pegbox.types import BatchSource, CheckpointStore, Examples, Job, Model, Outcome, Runtime
+
+
+class TrainerPlugin:
+    """Owns `build_runtime`, `place_model`, `build_batches`, `open_checkpoints` and `run_training`."""
+
+    @hookimpl
+    def register_config(self) -> ConfigSection:
+        from pegbox_trainer.config import TrainerConfig
+
+        return ConfigSection(schema=TrainerConfig)
+
+    @hookimpl
+    def build_runtime(self, ctx: Context) -> Runtime:
+        from pegbox_trainer.runtime import build_runtime
+
+        return build_runtime(ctx)
+
+    @hookimpl
+    def place_model(self, ctx: Context, model: Model) -> Model:
+        from pegbox_trainer.placement import place
+
+        return place(ctx, model)
+
+    @hookimpl
+    def build_batches(self, ctx: Context, dataset: Examples) -> BatchSource:
+        from pegbox_trainer.batches import EvalBatches, TrainBatches
+
+        return TrainBatches(ctx, dataset) if dataset.split == "train" else EvalBatches(ctx, dataset)
+
+    @hookimpl
+    def open_checkpoints(self, ctx: Context) -> CheckpointStore:
+        from pegbox_trainer.checkpoints import FolderStore
+
+        return FolderStore.open(ctx)
+
+    @hookimpl
+    def run_training(self, ctx: Context, job: Job) -> Outcome:
+        from pegbox_trainer.loop import TrainingLoop
+        from pegbox_trainer.record import RunRecord
+
+        self._record = RunRecord.open(ctx, job)
+        return TrainingLoop(ctx, job).run()
+
+    @hookimpl
+    def on_event(self, event: Event) -> None:
+        if isinstance(event, RunEnded):
+            self._record.close(event.outcome)

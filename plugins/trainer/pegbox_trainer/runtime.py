@@ -1,0 +1,109 @@
+"""Devices and processes, by accelerate's `PartialState`.
+
+It understands how the process was started (alone, by torchrun, by `accelerate launch`), chooses device and
+backend (nccl on CUDA, gloo on CPU) and makes the process group. Everything beyond that is done here in a few
+plain calls.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import PartialState
+from pegbox.errors import ConfigError
+from torch import distributed
+
+from pegbox_trainer.config import TrainerConfig
+
+if TYPE_CHECKING:
+    from pegbox.context import Context, Rng
+
+
+class ProcessRuntime:
+    """One process of a run and its device (`pegbox.types.Runtime`)."""
+
+    def __init__(self, state: PartialState) -> None:
+        self.rank: int = state.process_index
+        self.local_rank: int = max(state.local_process_index, 0)
+        self.world_size: int = state.num_processes
+        self.device: torch.device = state.device
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            distributed.barrier()
+
+    def gather_objects(self, value: object) -> list[object]:
+        if self.world_size == 1:
+            return [value]
+        gathered: list[object] = [None] * self.world_size
+        distributed.all_gather_object(gathered, value)
+        return gathered
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.world_size == 1:
+            return tensor
+        total = tensor.clone()
+        distributed.all_reduce(total)
+        return total
+
+
+def build_runtime(ctx: Context) -> ProcessRuntime:
+    """Join the process group, choose the device, seed, and leave everything as it was when the run ends."""
+    config = ctx.section(TrainerConfig)
+    alone = not distributed.is_initialized()
+    state = PartialState(cpu=config.device == "cpu" or not torch.accelerator.is_available())
+    if state.num_processes > 1 and not distributed.is_initialized():
+        # A second run in a process: accelerate remembers the first one, whose process group is gone.
+        distributed.init_process_group(state.backend)
+    if alone and distributed.is_initialized():
+        ctx.exit.callback(state.destroy_process_group)
+    runtime = ProcessRuntime(state)
+    _check(runtime, config)
+    if config.deterministic:
+        _compute_deterministically(ctx)
+    seed_process(ctx.rng("trainer/setup"))
+    return runtime
+
+
+def _check(runtime: ProcessRuntime, config: TrainerConfig) -> None:
+    if config.device == "cpu" and runtime.device.type != "cpu":
+        raise ConfigError(
+            f"trainer.device is cpu, but this process already uses {runtime.device}",
+            "accelerate fixes the device of a process once.",
+            "Start the run in a process of its own.",
+        )
+    # What torchrun and `accelerate launch` tell each process they start.
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != runtime.world_size:
+        raise ConfigError(
+            f"{started} processes were started, but accelerate joined {runtime.world_size} on {runtime.device}",
+            "Each would train alone and write the same folder.",
+            "Set trainer.device=cpu, or start one process.",
+        )
+
+
+def seed_process(rng: Rng) -> None:
+    """Seed the global generators of Python, numpy and torch (every device)."""
+    import numpy
+
+    random.seed(rng.seed)
+    numpy.random.seed(rng.seed % 2**32)
+    torch.manual_seed(rng.seed)
+
+
+def _compute_deterministically(ctx: Context) -> None:
+    """Ask torch for deterministic algorithms, until the run ends."""
+    # cuBLAS reads its workspace setting from the environment alone, when CUDA starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+    def restore() -> None:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+
+    ctx.exit.callback(restore)
