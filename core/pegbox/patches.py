@@ -116,7 +116,7 @@ class PatchLog:
             applied.undo()
         self._roots.clear()
 
-    def summary(self) -> list[dict[str, object]]:
+    def summary(self) -> list[dict[str, Any]]:
         """One entry per plugin, slot and reason, with the modules it changed; for the plan."""
         groups: dict[tuple[str, ...], list[str]] = {}
         for a in self.applied:

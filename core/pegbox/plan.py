@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from pegbox import __version__, hooks
-from pegbox.config import Config, read_run_section, read_sections
+from pegbox.config import CORE_KEYS, Config, read_run_section, read_sections
 from pegbox.context import Context
 from pegbox.errors import fail
-from pegbox.kernel import SPECS, Kernel, job_name
+from pegbox.hooks import SPECS
+from pegbox.kernel import Kernel, job_name
 from pegbox.source import read
 from pegbox.types import Runtime
 
@@ -45,7 +46,7 @@ class Plan:
     plugins: tuple[tuple[str, str], ...]
     jobs: tuple[Job, ...]
     values: tuple[tuple[str, Any, str], ...]
-    patches: list[dict[str, object]] = field(default_factory=list)
+    patches: list[dict[str, Any]] = field(default_factory=list)
     model: dict[str, object] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -84,6 +85,8 @@ def compose(
     layer, folder = read(source, overrides)
     run = read_run_section(layer)
     kernel = Kernel.activate(run.plugins, folder, instances)
+    for name in kernel.active.keys() & {*CORE_KEYS, "extends"}:
+        raise fail("plugin-name-taken", name=name, both=f"a key of the core and {kernel.active[name].origin}")
     sections = read_sections(layer, kernel.schemas(), list(kernel.active), kernel.installed)
     kernel.choose_owners(run.use)
     config = Config(run, sections, layer, folder)

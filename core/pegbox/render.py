@@ -12,7 +12,7 @@ from typing import Any
 from pegbox.context import Context
 from pegbox.plan import Plan
 
-Table = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
+Table = tuple[str, Sequence[str], Sequence[Sequence[str]]]
 
 
 def log_to_terminal(rank: int) -> None:

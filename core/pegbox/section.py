@@ -6,12 +6,9 @@ reference pages, the JSON schema and the error messages all come from one place.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 from pydantic import BaseModel, ConfigDict, Field
-
-if TYPE_CHECKING:
-    from typing import Any
 
 
 class Section(BaseModel):
@@ -40,5 +37,4 @@ def setting(default: Any, doc: str, *, unit: str = "", **bounds: Unpack[Bounds])
         unit: unit of a number, e.g. `tokens`, `steps`, `1` for a plain ratio.
         bounds: `gt ge lt le min_length pattern`, checked by pydantic.
     """
-    extra = {"unit": unit} if unit else None
-    return Field(default, description=doc, json_schema_extra=extra, **bounds)
+    return Field(default, description=doc, json_schema_extra={"unit": unit} if unit else {}, **bounds)

@@ -175,7 +175,7 @@ def _build(node: yaml.Node, path: KeyPath, layer: Layer, label: str, loader: _Lo
 class _Loader(yaml.SafeLoader):
     """A safe loader with the scalars of YAML 1.2's core schema."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
     yaml_constructors: ClassVar[dict[str | None, Any]] = {
         tag: yaml.SafeLoader.yaml_constructors[tag]
         for tag in (None, *(f"tag:yaml.org,2002:{name}" for name in ("bool", "null", "float", "str")))
@@ -190,7 +190,7 @@ for _tag, _regex, _first in (
     ("float", _NUMBER, "-+.0123456789"),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_regex})$"), list(_first))
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
 
 
 def _problem(error: Exception) -> str:

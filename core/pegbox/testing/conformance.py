@@ -45,12 +45,14 @@ class Conformance:
         config: its section of the config, as a user would write it; needed if a setting has no default.
         with_plugins: plugins that must be listed before it.
         sections: the sections of those, by name.
+        instances: ready plugins by name, for plugins that no distribution brings; `PluginConformance` needs one.
     """
 
     plugin: ClassVar[str] = ""
     config: ClassVar[Mapping[str, Any]] = {}
     with_plugins: ClassVar[Sequence[str]] = ()
     sections: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    instances: ClassVar[Mapping[str, object]] = {}
 
     def __init_subclass__(cls) -> None:
         """Refuse a class that overrides or removes an inherited test without saying why.
@@ -74,7 +76,7 @@ class Conformance:
 
     def subject(self) -> Subject:
         """The plugin under test."""
-        return Subject(self.plugin, self.config, tuple(self.with_plugins), self.sections)
+        return Subject(self.plugin, self.config, tuple(self.with_plugins), self.sections, instances=self.instances)
 
     def context(self, folder: Path) -> Context:
         """A composed context for hooks that take one."""

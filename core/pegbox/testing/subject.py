@@ -30,6 +30,7 @@ class Subject:
         with_plugins: plugins that are listed before it, because it needs them.
         sections: the sections of those, by name.
         group: the entry-point group that holds it; `pegbox.commands` for a distribution that brings only a command.
+        instances: ready plugins by name, used instead of installed ones; the rules about packages need an installed one.
     """
 
     plugin: str
@@ -37,6 +38,7 @@ class Subject:
     with_plugins: tuple[str, ...] = ()
     sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     group: str = "pegbox"
+    instances: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def installed(self) -> Installed:
@@ -82,7 +84,7 @@ class Subject:
 
     def activate(self) -> Kernel:
         """A kernel with this plugin alone."""
-        return Kernel.activate([self.plugin], Path())
+        return Kernel.activate([self.plugin], Path(), self.instances)
 
     def schema(self) -> type[Section] | None:
         """The model of its section; None if it declares none."""
@@ -93,7 +95,7 @@ class Subject:
         from pegbox.testing.runtime import FakeRuntime
         from pegbox.testing.tiny import tiny_processor
 
-        ctx = compose(self.mapping(folder / "run"))
+        ctx = compose(self.mapping(folder / "run"), instances=dict(self.instances))
         ctx.runtime = cast("Runtime", FakeRuntime())
         ctx.processor = tiny_processor()
         ctx.total_steps = 10

@@ -20,11 +20,11 @@ def check_hub(report: Report) -> None:
     if find_spec("huggingface_hub") is None:
         report.fact(GROUP, "huggingface_hub", "not installed")
         return
-    from huggingface_hub import constants, get_token
+    from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE)
     report.fact(GROUP, "cache", cache)
-    report.fact(GROUP, "token", "found" if get_token() else "none")
+    report.fact(GROUP, "token", "found" if has_token() else "none")
     report.fact(GROUP, "offline", "yes" if constants.HF_HUB_OFFLINE else "no")
     refused = why_not_writable(cache)
     if refused:
@@ -35,13 +35,23 @@ def check_hub(report: Report) -> None:
         )
 
 
+def has_token() -> bool:
+    """Whether a token is in the environment or in its file; a file that cannot be read holds none for us."""
+    from huggingface_hub import get_token
+
+    try:
+        return bool(get_token())
+    except OSError:
+        return False
+
+
 def check_model(report: Report, config: Config) -> None:
     """Whether the config's model, if it is the name of a hub repository, can be had."""
     wanted = config.run.model
     is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", wanted.name) and not config.path(wanted.name).exists()
     if not is_hub_name or Path(wanted.name).exists() or find_spec("huggingface_hub") is None:
         return
-    from huggingface_hub import constants, get_token, try_to_load_from_cache
+    from huggingface_hub import constants, try_to_load_from_cache
 
     cached = isinstance(try_to_load_from_cache(wanted.name, "config.json", revision=wanted.revision), str)
     report.fact(GROUP, "model", f"{wanted.name} ({'in the cache' if cached else 'not in the cache'})")
@@ -53,5 +63,5 @@ def check_model(report: Report, config: Config) -> None:
             "It can neither be found here nor be downloaded.",
             "Unset HF_HUB_OFFLINE, or set model.name to a local folder.",
         )
-    elif not get_token():
+    elif not has_token():
         report.note(f"{wanted.name} will be downloaded without a token", "Gated and private models refuse that.", LOGIN)

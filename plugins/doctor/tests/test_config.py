@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from conftest import Clinic
 
 Visit = Callable[..., tuple[int, dict[str, Any]]]
+Check = Callable[..., dict[str, Any]]
 
 OWNERS = """from pegbox.hooks import SPECS, hookimpl, semantics
 from pegbox.types import Item
@@ -79,26 +80,24 @@ def cached(hub: Path, name: str) -> None:
     folder = hub / "hub" / f"models--{name.replace('/', '--')}"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text("abc")
-    (folder / "snapshots" / "abc").mkdir(parents=True)
-    (folder / "snapshots" / "abc" / "config.json").write_text("{}")
+    commit = folder / "snapshots" / "abc"
+    commit.mkdir(parents=True)
+    (commit / "config.json").write_text("{}")
 
 
-def test_a_model_that_is_nowhere_while_the_hub_is_off_is_found(visit: Visit, config: str, tmp_path: Path) -> None:
+def test_a_model_that_is_nowhere_while_the_hub_is_off_is_found(check_alone: Check, config: str, tmp_path: Path) -> None:
     pytest.importorskip("huggingface_hub")
-    hub = tmp_path / "home"
-    cached(hub, "some/cached")
-    off = {"HF_HOME": str(hub), "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": ""}
-    code, report = visit(config, "model.name=some/model", **off)
-    assert code == 1
-    assert [p for p in report["problems"] if "some/model is not in the cache" in p["what"]]
-    _, report = visit(config, "model.name=some/cached", **off)
-    assert not [p for p in report["problems"] if "cache" in p["what"]]
-    assert report["facts"]["Hub"]["model"] == "some/cached (in the cache)"
+    cached(tmp_path / "home", "some/cached")
+    off = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
 
+    def look(name: str) -> dict[str, Any]:
+        return check_alone(f"hub.check_model(report, compose({config!r}, ['model.name={name}']).config)", **off)
 
-def test_a_local_folder_is_no_hub_name(visit: Visit, config: str, tmp_path: Path) -> None:
-    _, report = visit(config, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home"))
-    assert "model" not in report["facts"]["Hub"]
+    (problem,) = look("some/model")["problems"]
+    assert "some/model is not in the cache" in problem["what"]
+    assert look("some/cached")["problems"] == []
+    assert look("some/cached")["facts"]["Hub"]["model"] == "some/cached (in the cache)"
+    assert look("model") == {"healthy": True, "facts": {}, "notes": [], "problems": []}
 
 
 def test_the_exit_code_says_whether_there_are_problems(visit: Visit, config: str) -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from pegbox_doctor.plugins import check_plugins
-from pegbox_doctor.report import Report
 
 if TYPE_CHECKING:
     from conftest import Clinic, Site
+
+HOOK = "from pegbox.hooks import hookimpl\nclass FakePlugin:\n    @hookimpl\n    def {}"
 
 
 def test_a_sound_plugin_is_no_problem(clinic: Clinic, site: Site) -> None:
@@ -33,14 +32,8 @@ def test_one_name_from_two_distributions_is_found(clinic: Clinic, site: Site) ->
         ("import no_such_module", "No module named 'no_such_module'"),
         ("class Other: ...", "defines no class FakePlugin"),
         ("raise SystemExit('stop')", "stop"),
-        (
-            "from pegbox.hooks import hookimpl\nclass FakePlugin:\n    @hookimpl\n    def load_modl(self): ...",
-            "no such hook",
-        ),
-        (
-            "from pegbox.hooks import hookimpl\nclass FakePlugin:\n    @hookimpl\n    def register_config(self): return 1 / 0",
-            "division by zero",
-        ),
+        (HOOK.format("load_modl(self): ..."), "no such hook"),
+        (HOOK.format("register_config(self): return 1 / 0"), "division by zero"),
     ],
 )
 def test_a_plugin_that_cannot_be_activated_is_found(clinic: Clinic, site: Site, code: str, words: str) -> None:
@@ -137,7 +130,7 @@ def test_what_an_interrupted_pip_left_is_found(clinic: Clinic, site: Site) -> No
     [
         ("fake", "import no_such_module", "No module named 'no_such_module'"),
         ("fake", "FakePlugin = 3", "has no function FakePlugin"),
-        ("run", PLUGIN_CODE := "class FakePlugin: ...", "hidden by the core's own"),
+        ("run", "class FakePlugin: ...", "hidden by the core's own"),
     ],
 )
 def test_a_command_that_cannot_be_used_is_found(clinic: Clinic, site: Site, name: str, code: str, words: str) -> None:
@@ -161,18 +154,17 @@ def test_a_recipe_without_its_file_is_found_and_one_with_it_is_none(clinic: Clin
     clinic.one_problem("the recipe 'bad' of pegbox-fake 1.0", "fake_recipes:bad.yaml")
 
 
-def test_looking_at_plugins_imports_nothing_heavy(visit: Callable[..., object]) -> None:
-    import subprocess
-
-    program = (
-        "import sys; from pegbox_doctor.plugins import check_plugins; from pegbox_doctor.report import Report; "
-        "check_plugins(Report()); assert 'torch' not in sys.modules"
+def test_looking_at_plugins_imports_nothing_heavy(check_alone: Callable[..., dict[str, Any]]) -> None:
+    report = check_alone(
+        "plugins.check_plugins(report); import sys; report.fact('Test', 'torch', 'torch' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", program], check=True)
+    assert report["facts"]["Test"]["torch"] == "False"
 
 
-def test_every_problem_names_three_parts(clinic: Clinic, site: Site) -> None:
-    site.install(code="import no_such_module")
-    report = Report()
-    check_plugins(report)
-    assert all(problem.what and problem.why and problem.next for problem in report.problems)
+def test_a_check_that_fails_itself_is_a_problem_and_the_others_go_on(clinic: Clinic, site: Site, source: Path) -> None:
+    (source / "pyproject.toml").write_text("no toml [")
+    site.install(source=source, code="import no_such_module")
+    found = [problem.what for problem in clinic.problems()]
+    assert len(found) == 2
+    assert found[0].startswith("the check of distributions failed: TOMLDecodeError")
+    assert "plugin 'fake'" in found[1]

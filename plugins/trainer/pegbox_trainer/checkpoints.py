@@ -18,6 +18,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +121,7 @@ class FolderStore:
             "step": step,
             "world_size": self.ctx.runtime.world_size,
             "plan": self.ctx.plan.digest(),
-            "versions": versions(LIBRARIES),
+            "versions": self._versions,
             "states": {key: _scope(state) for key, state in self.ctx.states.items()},
         }
         (temporary / META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
@@ -152,6 +153,10 @@ class FolderStore:
             shutil.rmtree(aside, ignore_errors=True)
             aside.parent.mkdir(exist_ok=True)
             later.path.rename(aside)
+
+    @cached_property
+    def _versions(self) -> dict[str, str]:
+        return versions(LIBRARIES)
 
     # ---- agreement ----
 

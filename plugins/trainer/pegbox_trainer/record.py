@@ -55,9 +55,10 @@ class RunRecord:
         record = cls(ctx.folder / RECORD, content, ctx.runtime.rank == 0)
         if record.writes:
             ctx.folder.mkdir(parents=True, exist_ok=True)
+            # First: a folder without it is not taken for a run's, and could not be resumed after a kill.
+            record._write()
             resolved = yaml.safe_dump(ctx.config.resolved(), sort_keys=False, allow_unicode=True)
             _replace(ctx.folder / CONFIG, resolved)
-        record._write()
         return record
 
     def close(self, outcome: Outcome) -> None:

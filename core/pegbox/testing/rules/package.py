@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+from importlib.metadata import Distribution
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from pegbox.discovery import admits
 from pegbox.errors import PluginError
@@ -77,7 +82,7 @@ def is_typed(subject: Subject) -> None:
 
 def has_a_readme(subject: Subject) -> None:
     """The distribution ships a README; if the plugin has a section, one marked place in it explains its settings."""
-    text = str(subject.distribution.metadata.json.get("description", ""))
+    text = _readme(subject.distribution)
     why = "The README is what a package index shows, and where the settings are looked up."
     require(
         text.lstrip().startswith("#"),
@@ -103,6 +108,16 @@ def has_a_readme(subject: Subject) -> None:
         why,
         "Write the table anew; it names each setting in backticks.",
     )
+
+
+def _readme(distribution: Distribution) -> str:
+    """The README: of an editable installation the file as it is now, else what the metadata holds."""
+    direct = json.loads(distribution.read_text("direct_url.json") or "{}")
+    if direct.get("dir_info", {}).get("editable"):
+        written = Path(url2pathname(urlsplit(direct["url"]).path)) / "README.md"
+        if written.is_file():
+            return written.read_text(encoding="utf-8")
+    return str(distribution.metadata.json.get("description", ""))
 
 
 def _schema(subject: Subject) -> type[Section] | None:
