@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
@@ -16,17 +18,16 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@contextmanager
+def filled_with_nan() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture
-def poison() -> object:
+def poison() -> Callable[[], AbstractContextManager[None]]:
     """`with poison():` fills new memory with NaN: what an operation does not write shows."""
-    from contextlib import contextmanager
-
-    @contextmanager
-    def filled():  # type: ignore[no-untyped-def]
-        torch.use_deterministic_algorithms(True)
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(False)
-
-    return filled
+    return filled_with_nan

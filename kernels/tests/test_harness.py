@@ -41,16 +41,12 @@ def unwritten_element(**inputs):
 )
 def test_parity_names_what_is_wrong(op, wrong: set[str]) -> None:
     agreements = compare(replace(SPEC, op=op), SAMPLE.make, torch.float32, torch.device("cpu"))
-    assert (
-        wrong <= {agreement.tensor for agreement in agreements if not agreement.holds} <= wrong | {"dlogits"}
-    )
+    assert wrong <= {agreement.tensor for agreement in agreements if not agreement.holds} <= wrong | {"dlogits"}
 
 
 def test_plain_pytorch_in_place_of_the_operation_agrees() -> None:
     spec = replace(SPEC, op=SPEC.reference)
-    assert all(
-        agreement.holds for agreement in compare(spec, SAMPLE.make, torch.bfloat16, torch.device("cpu"))
-    )
+    assert all(agreement.holds for agreement in compare(spec, SAMPLE.make, torch.bfloat16, torch.device("cpu")))
 
 
 def test_an_error_is_infinite_where_only_one_side_is_finite() -> None:

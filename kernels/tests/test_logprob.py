@@ -169,9 +169,7 @@ def test_a_gradient_in_place_equals_the_gradient_and_lies_in_the_logits(dtype: t
         leaf = logits.clone().requires_grad_()
         used = leaf * 1.0
         view = used.unflatten(0, (2, 3))[:, :-1]
-        found = token_logprobs(
-            view, targets.unflatten(0, (2, 3))[:, :-1], entropy=True, inplace_backward=inplace
-        )
+        found = token_logprobs(view, targets.unflatten(0, (2, 3))[:, :-1], entropy=True, inplace_backward=inplace)
         (found.logps.sum() - 0.1 * found.entropy.sum()).backward()
         results.append(leaf.grad)
         with torch.no_grad():

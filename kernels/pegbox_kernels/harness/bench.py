@@ -80,25 +80,15 @@ class Measurement:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: measured. 1: the operation disagrees with its reference. 2: it cannot be measured here."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pegbox_kernels.harness.bench", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m pegbox_kernels.harness.bench", description=__doc__.splitlines()[0])
     parser.add_argument("op", choices=sorted(specs()))
-    parser.add_argument(
-        "--sweep", action="store_true", help="time launch settings instead, and write nothing"
-    )
-    parser.add_argument(
-        "--results", type=Path, help="folder of the CSV (benchmarks/results/<gpu> of the checkout)"
-    )
+    parser.add_argument("--sweep", action="store_true", help="time launch settings instead, and write nothing")
+    parser.add_argument("--results", type=Path, help="folder of the CSV (benchmarks/results/<gpu> of the checkout)")
     parser.add_argument("--only", default="", help="measure workloads whose name contains this")
-    parser.add_argument(
-        "--limit-s", type=float, default=130.0, help="start no further peer after this many seconds"
-    )
+    parser.add_argument("--limit-s", type=float, default=130.0, help="start no further peer after this many seconds")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print(
-            "No CUDA device: nothing can be measured here. Parity on the CPU: pytest kernels", file=sys.stderr
-        )
+        print("No CUDA device: nothing can be measured here. Parity on the CPU: pytest kernels", file=sys.stderr)
         return 2
     started, spec, machine = time.monotonic(), specs()[options.op], Machine.here()
     print(*(f"{name} {value}" for name, value in asdict(machine).items()), sep=" · ")
@@ -149,9 +139,7 @@ def copy_bandwidth() -> float:
     return 2 * COPY_BYTES / do_bench(lambda: target.copy_(source), return_mode="median") / 1e6
 
 
-def measure(
-    spec: OpSpec, workload: Workload, copy_gb_per_s: float, left: Callable[[], bool]
-) -> Iterator[Measurement]:
+def measure(spec: OpSpec, workload: Workload, copy_gb_per_s: float, left: Callable[[], bool]) -> Iterator[Measurement]:
     """Each contender, forward and forward with backward, on inputs made for it (some overwrite them)."""
     names = list(spec.contenders(workload.make(workload.dtype, DEVICE)))
     passes = {
@@ -189,9 +177,7 @@ def sweep(spec: OpSpec, workloads: Sequence[Workload], copy_gb_per_s: float) -> 
     for workload in workloads:
         _clear()
         variants = spec.variants(workload.make(workload.dtype, DEVICE))
-        timed = {
-            name: do_bench(call, warmup=10, rep=50, return_mode="median") for name, call in variants.items()
-        }
+        timed = {name: do_bench(call, warmup=10, rep=50, return_mode="median") for name, call in variants.items()}
         print(
             f"\n{workload.name}: floors {_floor_ms(workload.forward, copy_gb_per_s):.3f} and "
             f"{_floor_ms(workload.backward, copy_gb_per_s):.3f} ms"

@@ -89,9 +89,7 @@ def error(found: Tensor, truth: Tensor) -> float:
 def _agreement(name: str, ours: Tensor, plain: Tensor, truth: Tensor, floor: float) -> Agreement:
     finite = truth[truth.isfinite()].abs()
     largest = max(1.0, finite.max().item()) if finite.numel() else 1.0
-    return Agreement(
-        tensor=name, error=error(ours, truth), plain_error=error(plain, truth), floor=floor * largest
-    )
+    return Agreement(tensor=name, error=error(ours, truth), plain_error=error(plain, truth), floor=floor * largest)
 
 
 def _in_fp64(value: object) -> object:

@@ -63,9 +63,7 @@ def token_logprobs(
     _check(logits, targets, temperature)
     if inplace_backward and torch.is_grad_enabled() and logits.requires_grad:
         _check_inplace(logits)
-    logps, entropies, logsumexp, _ = _op(
-        logits, targets, temperature, ignore_index, entropy, inplace_backward
-    )
+    logps, entropies, logsumexp, _ = _op(logits, targets, temperature, ignore_index, entropy, inplace_backward)
     return TokenLogprobs(logps, entropies if entropy else None, logsumexp)
 
 
@@ -76,9 +74,7 @@ def _check(logits: Tensor, targets: Tensor, temperature: float) -> None:
     if logits.shape[:-1] != targets.shape:
         shift = logits.ndim == 3 and logits.shape[1] == (targets.shape[1] + 1 if targets.ndim == 2 else None)
         hint = "Shift them first: logits[:, :-1]." if shift else "Pass one target per row of logits."
-        raise ValueError(
-            f"{shapes} do not fit: targets must have the shape of logits without the last. {hint}"
-        )
+        raise ValueError(f"{shapes} do not fit: targets must have the shape of logits without the last. {hint}")
     if logits.dtype not in DTYPES:
         raise ValueError(
             f"logits are {logits.dtype}: the kernels compute bf16, fp16 and fp32. Use logits.float(), or "
@@ -89,9 +85,7 @@ def _check(logits: Tensor, targets: Tensor, temperature: float) -> None:
     if logits.device != targets.device:
         raise ValueError(f"logits lie on {logits.device} and targets on {targets.device}. Move one of them.")
     if not temperature > 0:
-        raise ValueError(
-            f"temperature is {temperature}: it divides the logits and must be above 0; take argmax for 0."
-        )
+        raise ValueError(f"temperature is {temperature}: it divides the logits and must be above 0; take argmax for 0.")
 
 
 def _check_inplace(logits: Tensor) -> None:
@@ -114,9 +108,7 @@ else:
 
 
 def _runs_kernels(logits: Tensor) -> bool:
-    return kernels is not None and (
-        logits.is_cuda or (logits.device.type == "cpu" and kernels.INTERPRETED.value)
-    )
+    return kernels is not None and (logits.is_cuda or (logits.device.type == "cpu" and kernels.INTERPRETED.value))
 
 
 @torch.library.custom_op(
@@ -131,9 +123,7 @@ def _op(logits, targets, temperature, ignore_index, entropy, inplace_backward): 
         _check_ids(targets, logits.shape[-1], ignore_index)
     if _runs_kernels(logits):
         return kernels.forward(logits, targets, temperature, ignore_index, entropy)
-    logps, entropies, logsumexp = reference.token_logprobs(
-        logits, targets, temperature, ignore_index, entropy
-    )
+    logps, entropies, logsumexp = reference.token_logprobs(logits, targets, temperature, ignore_index, entropy)
     parts = reference.softmax_parts(logits, temperature)
     return logps, logps.new_empty(0) if entropies is None else entropies, logsumexp, parts
 

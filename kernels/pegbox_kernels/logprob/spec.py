@@ -123,9 +123,7 @@ def _plain(logits: Tensor, targets: Tensor, temperature: float, entropy: bool) -
     return (logps, -(log_p.exp() * log_p).sum(-1)) if entropy else (logps,)
 
 
-def _ours(
-    logits: Tensor, targets: Tensor, temperature: float, entropy: bool, inplace: bool = False
-) -> Outputs:
+def _ours(logits: Tensor, targets: Tensor, temperature: float, entropy: bool, inplace: bool = False) -> Outputs:
     # A view, because a leaf refuses to become its own gradient.
     found = token_logprobs(
         logits.view_as(logits) if inplace else logits,
@@ -174,9 +172,7 @@ def _contenders(inputs: Inputs) -> Mapping[str, Callable[[], Outputs]]:
 
         def liger(logits: Tensor, targets: Tensor, temperature: float, entropy: bool) -> Outputs:
             # Gradients are made in its forward, in the memory of the logits.
-            loss = LigerCrossEntropyFunction.apply(
-                logits.view_as(logits), targets, None, -100, 0.0, 0.0, "none"
-            )
+            loss = LigerCrossEntropyFunction.apply(logits.view_as(logits), targets, None, -100, 0.0, 0.0, "none")
             return (loss[0],)
 
         if not inputs["entropy"] and inputs["temperature"] == 1.0:
@@ -196,13 +192,11 @@ def _variants(inputs: Inputs) -> Mapping[str, Callable[[], object]]:
     out = torch.empty_like(logits)
     found: dict[str, Callable[[], object]] = {}
     for warps in (4, 8, 16):
-        for groups in (1, 2, 4, 8):
-            launch = kernels.Launch(warps, groups)
+        for loads in (1, 2, 4, 8):
+            launch = kernels.Launch(warps, loads)
             forward = partial(kernels.forward, logits, targets, temperature, -100, entropy, launch=launch)
-            found[f"forward  {warps} warps x {groups} loads"] = forward
-            found[f"backward {warps} warps x {groups} loads"] = partial(
-                kernels.backward, *saved, out=out, launch=launch
-            )
+            found[f"forward  {warps} warps x {loads} loads"] = forward
+            found[f"backward {warps} warps x {loads} loads"] = partial(kernels.backward, *saved, out=out, launch=launch)
     return found
 
 

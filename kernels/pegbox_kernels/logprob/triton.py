@@ -43,7 +43,7 @@ class Launch(NamedTuple):
     """How a kernel is launched: warps per row, and 16-byte loads that each thread has in flight."""
 
     warps: int
-    groups: int
+    loads: int
 
     def lanes(self, itemsize: int) -> int:
         """Columns that the warps of a row read with one load each."""
@@ -321,9 +321,7 @@ def forward(
     if rows is None:
         logits = logits.contiguous()
         rows = _adjacent(logits)
-    logps, logsumexp = (
-        torch.empty(targets.shape, dtype=torch.float32, device=logits.device) for _ in range(2)
-    )
+    logps, logsumexp = (torch.empty(targets.shape, dtype=torch.float32, device=logits.device) for _ in range(2))
     entropies = torch.empty(targets.shape if entropy else 0, dtype=torch.float32, device=logits.device)
     parts = torch.empty((2, *targets.shape), dtype=torch.float32, device=logits.device)
     launch = launch or default_launch(logits.shape[-1], logits.element_size(), FORWARD_LOADS)
@@ -343,7 +341,7 @@ def forward(
                 ALIGN=_alignment(logits, rows),
                 UNIT=rows.column_stride == 1,
                 ENTROPY=entropy,
-                GROUPS=launch.groups,
+                GROUPS=launch.loads,
                 LANES=launch.lanes(logits.element_size()),
                 num_warps=launch.warps,
                 enable_fp_fusion=True,
@@ -387,7 +385,7 @@ def backward(
                 UNIT=rows.column_stride == 1,
                 ALIKE=out.stride() == logits.stride(),
                 ENTROPY=entropy.numel() > 0,
-                BLOCK=launch.groups * launch.lanes(logits.element_size()),
+                BLOCK=launch.loads * launch.lanes(logits.element_size()),
                 num_warps=launch.warps,
                 enable_fp_fusion=True,
             )
