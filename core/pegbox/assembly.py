@@ -23,8 +23,7 @@ def prepare_model(ctx: Context, request: ModelRequest) -> Model:
     patches.apply(model, ctx.each(hooks.patch_attention, ctx, model))
     patches.apply(model, ctx.each(hooks.patch_modules, ctx, model, "base"))
     if request.role == "policy" and ctx.owned(hooks.apply_adapters):
-        bare, model = model, ctx.call(hooks.apply_adapters, ctx, model)
-        patches.adopt(bare, model)
+        model = ctx.call(hooks.apply_adapters, ctx, model)
     for stage in ("adapted", "recompute", "compile"):
         patches.apply(model, ctx.each(hooks.patch_modules, ctx, model, stage))
     return model if request.meta else ctx.call(hooks.place_model, ctx, model)

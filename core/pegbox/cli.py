@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from pegbox.discovery import discover
+from pegbox.errors import fail
 
 
 class Commands(TyperGroup):
@@ -32,9 +33,12 @@ class Commands(TyperGroup):
         found = None if own else discover("pegbox.commands").get(cmd_name)
         if not found:
             return own
-        module, _, function = found[0].value.partition(":")
-        single = typer.Typer(**PLAIN)
-        single.command(cmd_name)(getattr(import_module(module), function))
+        entry, single = found[0], typer.Typer(**PLAIN)
+        module, _, function = entry.value.partition(":")
+        try:
+            single.command(cmd_name)(getattr(import_module(module), function))
+        except Exception as error:
+            raise fail("plugin-broken", name=cmd_name, origin=entry, problem=repr(error), value=entry.value) from error
         return typer.main.get_command(single)
 
 

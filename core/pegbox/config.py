@@ -29,14 +29,16 @@ class ModelSection(Section):
 
     name: str = setting(..., "Local folder, hub name, or what else the owner of load_model understands.", min_length=1)
     revision: str | None = setting(None, "Branch, tag or commit of a hub repository.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "Data type of the frozen weights.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "Data type of the frozen weights; auto: the checkpoint's; without a GPU float32."
+    )
     format: str = setting("transformers", "Which format to load; its owner is the plugin that declares it.")
 
 
 class RunSection(Section):
     """The keys of the core; every other key of a config is the name of a plugin."""
 
-    model: ModelSection
+    model: ModelSection = setting(..., "The model that the run starts from.")
     plugins: tuple[str, ...] = setting((), "Active plugins, by name or as ./file.py; their order is the call order.")
     output: str = setting("runs/default", "Folder of the run; relative to the current folder.", min_length=1)
     seed: int = setting(0, "Seed of all randomness of the run.", ge=0)

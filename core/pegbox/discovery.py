@@ -43,24 +43,24 @@ class Installed:
 def discover(group: str = GROUP) -> dict[str, list[Installed]]:
     """Every entry point of a group by name. Two distributions under one name are both listed: activation refuses them.
 
-    Reads the `*.dist-info` folders on the path (PEP 376) as importlib.metadata does, in a tenth of its time: help and plan
-    ask at every start.
+    Reads the `*.dist-info` folders on the path (PEP 376) as importlib.metadata does, in a tenth of its time: help and
+    plan ask at every start.
     """
     found: dict[str, list[Installed]] = {}
     seen: set[str] = set()
     for folder in (f"{root or '.'}/{name}" for root in sys.path for name in _listing(root or ".")):
-        distribution = folder.rpartition("/")[2].partition("-")[0].lower()
+        distribution = folder.rpartition("/")[2].partition("-")[0].lower().replace(".", "_")
         if not folder.endswith(".dist-info") or distribution in seen:
             continue
         seen.add(distribution)
-        _, header, rest = _text(f"{folder}/entry_points.txt").partition(f"[{group}]\n")
-        lines = [line.partition("=") for line in rest.partition("\n[")[0].splitlines() if "=" in line]
-        fields = [line.partition(": ") for line in _text(f"{folder}/METADATA").splitlines()] if header else []
-        values = {
-            key: [text for name, _, text in fields if name == key] for key in ("Name", "Version", "Requires-Dist")
-        }
-        for name, _, value in lines:
-            described = (values["Name"][0], values["Version"][0], tuple(values["Requires-Dist"]))
+        section = "\n" + _text(f"{folder}/entry_points.txt").partition(f"[{group}]\n")[2]
+        lines = [line for line in section.partition("\n[")[0].splitlines() if "=" in line.partition("#")[0]]
+        about = _text(f"{folder}/METADATA").partition("\n\n")[0] if lines else ""
+        fields = [line.partition(": ") for line in reversed(about.splitlines())]
+        first = {"Name": distribution, "Version": "?", **{key: text for key, _, text in fields}}
+        requires = tuple(text for key, _, text in reversed(fields) if key == "Requires-Dist")
+        for name, _, value in (line.partition("=") for line in lines):
+            described = (first["Name"], first["Version"], requires)
             found.setdefault(name.strip(), []).append(Installed(name.strip(), value.strip(), *described))
     return found
 
@@ -72,7 +72,7 @@ def _listing(root: str) -> list[str]:
 
 
 def _text(path: str) -> str:
-    with suppress(OSError), open(path, encoding="utf-8") as file:  # noqa: PTH123
+    with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:  # noqa: PTH123
         return file.read()
     return ""
 

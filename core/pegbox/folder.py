@@ -25,8 +25,7 @@ def claim(folder: Path, resume: str | None) -> None:
 
 
 def _free_name(folder: Path) -> str:
-    taken = {path.name for path in folder.parent.iterdir()}
-    return f"{folder.parent.name}/{next(name for n in count(2) if (name := f'{folder.name}-{n}') not in taken)}"
+    return str(next(path for n in count(2) if not (path := folder.with_name(f"{folder.name}-{n}")).exists()))
 
 
 def resume_point(store: CheckpointStore, resume: str | None) -> Checkpoint | None:

@@ -90,11 +90,10 @@ class Kernel:
         self._manager = PluginManager(hooks.PROJECT)
         self._manager.add_hookspecs(hooks)
         self._parts: dict[str, object] = {}
-        # pluggy calls the last registered first, and lets the last registered wrapper refine last: so owners and
-        # collectors are registered in reverse and wrappers in list order; what is listed first acts first in both.
-        for plugin in reversed(self.active.values()):
-            self._parts[plugin.name] = self._register(plugin, wrapper=False)
+        # pluggy lets the last registered wrapper refine last: in list order, what is listed first acts first. Of owners
+        # it is given one at a time, and `each` asks collectors in list order, so their registration needs no order.
         for plugin in self.active.values():
+            self._parts[plugin.name] = self._register(plugin, wrapper=False)
             self._register(plugin, wrapper=True)
         self._owners: dict[str, dict[str, str]] = {hook: {} for hook in OWNED}
         self._callers: dict[tuple[str, str], Callable[..., Any]] = {}
@@ -213,7 +212,7 @@ class Kernel:
             raise
 
     def _blame(self, error: BaseException, hook: str, asked: Sequence[Implementation]) -> None:
-        """Note on the exception which plugin raised it: the innermost frame that is an implementation that was asked."""
+        """Note on the exception which plugin raised it: the innermost frame of an implementation that was asked."""
         plugin_of = {inspect.unwrap(i.function).__code__: i.plugin for i in asked}
         traceback, culprit = error.__traceback__, ""
         while traceback is not None:

@@ -27,6 +27,7 @@ class Applied:
     plugin: str
     patch: ModulePatch
     module_name: str
+    module: Module
     kind: str
     undo: Callable[[], None]
     calls: Callable[[], int]
@@ -38,7 +39,6 @@ class PatchLog:
     """Every patch applied in a run, in order."""
 
     applied: list[Applied] = field(default_factory=list)
-    _roots: dict[int, list[Applied]] = field(default_factory=dict)
 
     def apply(self, model: Model, answers: Sequence[tuple[str, Sequence[ModulePatch]]]) -> None:
         """Apply the records of all plugins to one model, in list order.
@@ -62,38 +62,36 @@ class PatchLog:
             kind, holder, attribute, value = "module", root.get_submodule(path), leaf, new
         else:
             kind, holder, attribute, value = "forward", old, "forward", new
-        self._refuse_collision(root, plugin, patch, name, kind)
-        applied = Applied(plugin, patch, name, kind, _set(holder, attribute, value), lambda: 0)
+        self._refuse_collision(plugin, patch, name, kind, old)
+        module = new if kind == "module" else old
+        applied = Applied(plugin, patch, name, module, kind, _set(holder, attribute, value), lambda: 0)
         if isinstance(new, SeamChange):
             before = new.calls()
             applied.calls = lambda: new.calls() - before
         else:
-            _count_calls(applied, new if kind == "module" else old)
+            _count_calls(applied, module)
         self.applied.append(applied)
-        self._roots.setdefault(id(root), []).append(applied)
 
-    def _refuse_collision(self, root: Module, plugin: str, patch: ModulePatch, name: str, kind: str) -> None:
+    def _refuse_collision(self, plugin: str, patch: ModulePatch, name: str, kind: str, old: Module) -> None:
         """Refuse a second patch on a module and slot, inside a replaced module, or around a patched one.
 
-        A patch of another plugin named in `after` is built upon, and no collision.
+        A patch of another plugin named in `after` is built upon, and no collision. Modules are told apart by identity:
+        adapters rename them, and a second model has the same names.
         """
-        for other in self._roots.get(id(root), []):
+        for other in self.applied:
             if other.plugin != plugin and other.plugin in patch.after:
                 continue
-            where = "on" if other.module_name == name and other.patch.slot == patch.slot else ""
-            if other.kind == "module" and other.plugin != plugin and name.startswith(f"{other.module_name}."):
+            where = ""
+            if other.module is old:
+                where = "on" if other.patch.slot == patch.slot else ""
+            elif other.kind == "module" and other.plugin != plugin and old in other.module.modules():
                 where = "around"
-            if kind == "module" and other.module_name.startswith(f"{name}."):
+            elif kind == "module" and other.module in old.modules():
                 where = "inside"
             if where:
                 first = {"first": other.plugin, "first_reason": other.patch.reason, "first_module": other.module_name}
                 second = {"second": plugin, "second_reason": patch.reason, "module": name}
                 raise fail("patch-collision", slot=patch.slot, where=where, **first, **second)
-
-    def adopt(self, old: Model, new: Model) -> None:
-        """The patches of `old` now belong to `new`: an adapter wrapped its module."""
-        if old.module is not new.module:
-            self._roots.setdefault(id(new.module), []).extend(self._roots.pop(id(old.module), []))
 
     def verify(self) -> None:
         """Raise unless every patched module counted a call since it was patched; counting stops.
@@ -114,7 +112,6 @@ class PatchLog:
             applied = self.applied.pop()
             applied.stop_counting()
             applied.undo()
-        self._roots.clear()
 
     def summary(self) -> list[dict[str, Any]]:
         """One entry per plugin, slot and reason, with the modules it changed; for the plan."""
@@ -153,9 +150,9 @@ def _pattern(glob: str) -> re.Pattern[str]:
 
 def _set(holder: Any, attribute: str, value: object) -> Callable[[], None]:
     """Set an attribute of an instance; what is returned sets it back, or takes it away if only the class had one."""
-    inherited = attribute not in vars(holder) and attribute not in getattr(holder, "_modules", ())
-    before = getattr(holder, attribute)
+    own, before = attribute in vars(holder), getattr(holder, attribute)
     setattr(holder, attribute, value)
+    inherited = not own and attribute in vars(holder)
     return lambda: delattr(holder, attribute) if inherited else setattr(holder, attribute, before)
 
 

@@ -61,7 +61,7 @@ class Plan:
 
     def digest(self) -> str:
         """Identifies what the run does: plugins with versions, owners, and every value of the config."""
-        content = {**self.to_json(), "config": [(key, value) for key, value, _ in self.values]}
+        content = {**self.to_json(), "config": {key: value for key, value, _ in self.values}}
         return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def agree(self, runtime: Runtime) -> None:
@@ -124,10 +124,11 @@ def plan_model(ctx: Context) -> Plan:
     """The plan with the model built on the meta device: its traits, sizes, and every patch that would be applied."""
     from pegbox.assembly import model_request, prepare_model
 
-    model = prepare_model(ctx, model_request(ctx, meta=True))
-    sizes = [(p.numel(), p.numel() * p.requires_grad) for p in model.module.parameters()]
-    total, trainable = (sum(column) for column in zip(*sizes, strict=True))
-    facts = {"name": model.name, "traits": sorted(model.traits), "parameters": total, "trainable": trainable}
-    patches = ctx.kernel.patches.summary()
-    ctx.kernel.patches.undo()
-    return replace(ctx.plan, patches=patches, model=facts)
+    try:
+        model = prepare_model(ctx, model_request(ctx, meta=True))
+        sizes = [(p.numel(), p.numel() * p.requires_grad) for p in model.module.parameters()]
+        total, trainable = (sum(column) for column in zip(*sizes, strict=True))
+        facts = {"name": model.name, "traits": sorted(model.traits), "parameters": total, "trainable": trainable}
+        return replace(ctx.plan, patches=ctx.kernel.patches.summary(), model=facts)
+    finally:
+        ctx.kernel.patches.undo()

@@ -153,7 +153,8 @@ def _value(text: str | bytes, label: str, layer: Layer) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{label}:{mark.line + 1}" if mark else label
-        raise fail("config-no-yaml", where=where, problem=_problem(error)) from error
+        problem = str(getattr(error, "problem", None) or error).splitlines()[0]
+        raise fail("config-no-yaml", where=where, problem=problem) from error
 
 
 def _build(node: yaml.Node, path: KeyPath, layer: Layer, label: str, loader: _Loader) -> Any:
@@ -176,25 +177,20 @@ class _Loader(yaml.SafeLoader):
     """A safe loader with the scalars of YAML 1.2's core schema."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
-    yaml_constructors: ClassVar[dict[str | None, Any]] = {
-        tag: yaml.SafeLoader.yaml_constructors[tag]
-        for tag in (None, *(f"tag:yaml.org,2002:{name}" for name in ("bool", "null", "float", "str")))
-    }
+    yaml_constructors: ClassVar[dict[str | None, Any]] = {None: yaml.SafeLoader.construct_undefined}
 
 
 _NUMBER = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 for _tag, _regex, _first in (
+    ("str", "", ""),  # never implied by its look: what nothing else matches is a word
     ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
     ("null", "~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("int", "[-+]?[0-9]+", "-+0123456789"),
     ("float", _NUMBER, "-+.0123456789"),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_regex})$"), list(_first))
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", getattr(yaml.SafeLoader, f"construct_yaml_{_tag}"))
 _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
-
-
-def _problem(error: Exception) -> str:
-    return str(getattr(error, "problem", None) or error).splitlines()[0]
 
 
 def _short(path: Path) -> str:

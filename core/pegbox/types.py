@@ -143,7 +143,7 @@ class Extra(Record):
 
 
 class Batch(Record):
-    """One micro-batch of one rank. `rows` are dataset indices, so that an error can name them."""
+    """One micro-batch of one rank. Rows are padded on the right; `rows` are dataset indices, so that an error can name them."""
 
     input_ids_BT: Tensor
     targets_BT: Tensor

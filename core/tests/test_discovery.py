@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.specifiers import SpecifierSet
-
 from pegbox import __version__, hooks
 from pegbox.context import Context
 from pegbox.discovery import Installed, admits, check_api, discover
@@ -36,7 +36,9 @@ def test_an_installed_plugin_is_found_with_its_distribution_and_without_an_impor
 
 
 def test_a_plugin_whose_import_fails_is_listed_and_harmless_until_it_is_active(site) -> None:
-    site.install("dist-bad", plugins={"bad": "bad_code:Plugin"}, files={"bad_code.py": "x = 1\nraise OSError('no gpu')"})
+    site.install(
+        "dist-bad", plugins={"bad": "bad_code:Plugin"}, files={"bad_code.py": "x = 1\nraise OSError('no gpu')"}
+    )
     site.plugin("good")
     assert "bad" in discover()
     assert list(compose(listing("good")).kernel.active) == ["good"]
@@ -204,10 +206,14 @@ def test_the_usual_requirements_agree_with_packaging(specifiers: str, version: s
     assert admits(specifiers, version) == SpecifierSet(specifiers).contains(version)
 
 
-@pytest.mark.parametrize("requirement", ["pegbox-core<0.1", "pegbox_core (>=9)", "Pegbox.Core>=0.1,<0.1", "pegbox-core[testing]>9"])
+@pytest.mark.parametrize(
+    "requirement", ["pegbox-core<0.1", "pegbox_core (>=9)", "Pegbox.Core>=0.1,<0.1", "pegbox-core[testing]>9"]
+)
 def test_a_plugin_for_another_core_is_refused_before_its_import(site, requirement: str) -> None:
     site.plugin("old", "raise RuntimeError", version="4.0", requires=(requirement,))
-    with pytest.raises(PluginError, match=rf"'old' \(dist-old 4\.0\) needs pegbox-core .*this is {__version__}") as error:
+    with pytest.raises(
+        PluginError, match=rf"'old' \(dist-old 4\.0\) needs pegbox-core .*this is {__version__}"
+    ) as error:
         compose(listing("old"))
     assert "pip install --upgrade dist-old" in error.value.next
     assert "plugin_of_old" not in sys.modules
@@ -245,3 +251,72 @@ def test_a_missing_owner_names_the_installed_plugins_that_could_do_it(site, comp
     assert "runner" in str(error.value)
     assert "idler" not in str(error.value)
     assert "bad" not in str(error.value)
+
+
+# ---- reading dist-info folders: importlib.metadata is the independent truth ----
+
+
+def as_importlib_sees(group: str) -> list[tuple[str, str, str, str]]:
+    return sorted((e.name, e.value, e.dist.name, e.dist.version) for e in entry_points(group=group))
+
+
+def as_we_see(group: str) -> list[tuple[str, str, str, str]]:
+    every = (plugin for found in discover(group).values() for plugin in found)
+    return sorted((p.name, p.value, p.distribution, p.version) for p in every)
+
+
+@pytest.mark.parametrize("group", ["pegbox", "pegbox.commands", "pegbox.recipes", "console_scripts", "pytest11"])
+def test_what_is_installed_here_is_found_as_importlib_metadata_finds_it(group: str) -> None:
+    assert as_we_see(group) == as_importlib_sees(group)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[pegbox]\nquirk = a.b:C\n",
+        "[pegbox]\nquirk=a.b:C",
+        "\n\n[other]\nx = y:Z\n\n[pegbox]\n\nquirk = a.b:C\n\n[more]\nx = y:Z\n",
+        "[pegbox]\n[pegbox.commands]\nquirk = a.b:main\n",
+        "[pegbox.commands]\nquirk = a.b:main\n[pegbox]\n",
+        "[pegbox]\n# old = a.b:Old\nquirk = a.b:C\n",
+        "[console_scripts]\npegbox = a.b:main\n",
+        "[not.pegbox]\nquirk = a.b:C\n",
+        "",
+    ],
+)
+@pytest.mark.parametrize("group", ["pegbox", "pegbox.commands"])
+def test_entry_points_are_read_as_importlib_metadata_reads_them(site, text: str, group: str) -> None:
+    site.install("dist-quirk", "1.2")
+    (site.folder / "dist_quirk-1.2.dist-info/entry_points.txt").write_text(text)
+    assert as_we_see(group) == as_importlib_sees(group)
+
+
+def test_a_distribution_that_lies_twice_on_the_path_counts_once_as_for_python(site, tmp_path, monkeypatch) -> None:
+    site.plugin("alpha", version="1.0")
+    nearer = type(site)(tmp_path / "nearer")
+    nearer.plugin("alpha", version="2.0")
+    monkeypatch.syspath_prepend(str(nearer.folder))
+    assert [str(plugin) for plugin in discover()["alpha"]] == ["dist-alpha 2.0"]
+    assert as_we_see("pegbox") == as_importlib_sees("pegbox")
+
+
+def test_the_description_of_a_distribution_is_no_requirement(site) -> None:
+    site.plugin("alpha", requires=("pegbox-core>=0.1",))
+    metadata = site.folder / "dist_alpha-1.0.dist-info/METADATA"
+    metadata.write_text(metadata.read_text() + "\nIn your own project:\n\nRequires-Dist: pegbox-core>=9\n")
+    assert discover()["alpha"][0].requires == ("pegbox-core>=0.1",)
+
+
+@pytest.mark.parametrize("damage", ["no metadata", "bytes", "no entry points"])
+def test_a_damaged_distribution_does_not_keep_others_from_being_found(site, damage: str) -> None:
+    site.plugin("alpha")
+    site.plugin("hurt")
+    folder = site.folder / "dist_hurt-1.0.dist-info"
+    if damage == "no metadata":
+        (folder / "METADATA").unlink()
+    elif damage == "bytes":
+        (folder / "METADATA").write_bytes(b"Name: dist-hurt\nVersion: 1.0\nAuthor: \xff\xfe\n")
+    else:
+        (folder / "entry_points.txt").unlink()
+    assert discover()["alpha"][0].distribution == "dist-alpha"
+    assert ("hurt" in discover()) is (damage != "no entry points")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Generator
 
 import pytest
-
 from pegbox import hooks
 from pegbox.context import Context
 from pegbox.errors import PluginError

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Generator, Sequence
 
 import pytest
-
 from pegbox import hooks
 from pegbox.context import Context
 from pegbox.errors import PluginError, UserError
@@ -254,7 +253,7 @@ def test_a_format_without_an_owner_names_those_that_have_one(composed) -> None:
 
 
 def test_an_owner_that_declares_no_format_is_refused_when_composing(composed) -> None:
-    with pytest.raises(PluginError, match="'hf'.*implements load_model but declares no format") as error:
+    with pytest.raises(PluginError, match=r"'hf'.*implements load_model but declares no format") as error:
         composed({"hf": Loader("hf")})
     assert "Item(kind='model_format'" in error.value.next
 

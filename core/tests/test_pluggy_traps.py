@@ -1,7 +1,7 @@
 """What pluggy does by itself, and what the kernel does instead: one pair of tests for each trap.
 
-The first test of a pair pins pluggy's behaviour, so that a release of pluggy that changes it is noticed here; the second
-shows that a run of Pegbox does not depend on it.
+The first test of a pair pins pluggy's behaviour, so that a release of pluggy that changes it is noticed here; the
+second shows that a run of Pegbox does not depend on it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Generator
 
 import pluggy
 import pytest
-
 from pegbox import hooks
 from pegbox.context import Context
 from pegbox.discovery import discover
@@ -59,7 +58,11 @@ def listing(*plugins: str) -> dict[str, object]:
 
 
 def install_good_and_bad(site) -> None:
-    for name, code in (("a-good", "class Plugin: pass"), ("bad", "raise OSError('no gpu')"), ("z-good", "class Plugin: pass")):
+    for name, code in (
+        ("a-good", "class Plugin: pass"),
+        ("bad", "raise OSError('no gpu')"),
+        ("z-good", "class Plugin: pass"),
+    ):
         module = f"code_of_{name.replace('-', '_')}"
         site.install(name, plugins={name: f"{module}:Plugin"}, files={f"{module}.py": code})
 
@@ -139,7 +142,7 @@ def test_in_pluggy_none_hands_the_job_to_another_plugin(manager) -> None:
 
 def test_here_the_chosen_owner_alone_is_asked(composed) -> None:
     ctx = composed({"fallback": Ours("fallback"), "chosen": Ours(None)}, use={"build_runtime": "chosen"})
-    with pytest.raises(PluginError, match="'chosen'.*answered None"):
+    with pytest.raises(PluginError, match=r"'chosen'.*answered None"):
         ctx.call(hooks.build_runtime, ctx)
 
 
@@ -169,7 +172,9 @@ def test_here_a_default_argument_is_refused(composed) -> None:
 # ---- specname escapes subset_hook_caller (1.6 looks for an attribute with the name of the hook) ----
 
 
-def test_in_pluggy_an_implementation_under_another_name_escapes_the_subset_or_not_depending_on_the_version(manager) -> None:
+def test_in_pluggy_an_implementation_under_another_name_escapes_the_subset_or_not_depending_on_the_version(
+    manager,
+) -> None:
     class Renamed:
         @plain_impl(specname="make")
         def my_own_make(self, value: int) -> str:

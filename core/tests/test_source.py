@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from pegbox.errors import ConfigError
 from pegbox.source import Layer, parse, parse_override, read
 
@@ -117,7 +116,21 @@ def test_anchors_are_plain_repetition() -> None:
         ("x: 1\n? [a, b]\n: 3", ["c.yaml:2", "sequence"]),
         ("a: " + "[" * 500, ["c.yaml"]),
     ],
-    ids=["bracket", "tab", "quote", "documents", "python", "tag", "binary", "date", "int", "loop", "alias", "key", "deep"],
+    ids=[
+        "bracket",
+        "tab",
+        "quote",
+        "documents",
+        "python",
+        "tag",
+        "binary",
+        "date",
+        "int",
+        "loop",
+        "alias",
+        "key",
+        "deep",
+    ],
 )
 def test_text_that_is_no_config_says_where(text: str, parts: list[str]) -> None:
     with pytest.raises(ConfigError, match="no valid YAML") as error:
@@ -199,6 +212,8 @@ def test_a_key_without_an_origin_has_that_of_the_nearest_key_above() -> None:
         ("output=''", ("output",), ""),
         ("my-plugin.x_y=1", ("my-plugin", "x_y"), 1),
         ("output=runs/a#b", ("output",), "runs/a#b"),
+        ("rewards.m²=1", ("rewards", "m²"), 1),
+        ("rewards.²=1", ("rewards", "²"), 1),
     ],
 )
 def test_an_override_is_a_path_and_a_typed_value(override: str, path: tuple, value: object) -> None:

@@ -2,7 +2,7 @@
 
     python prepare.py
 
-downloads `icalfa` 0.3.6 (40 kB) with pip, without installing it, and writes both files. DATA.md says where the rows come
+downloads `icalfa` 0.3.6 (40 kB) with pip, installs nothing, and writes both files. DATA.md says where the rows come
 from and under which licence.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,13 +20,15 @@ from pathlib import Path
 PACKAGE = "icalfa==0.3.6"
 FOLDER = Path(__file__).parent / "data"
 EVAL_SHARE = 8
+DESTROYS = re.compile(r"\b(rm|rmdir|unlink|shred|truncate|kill|killall|pkill)\b|-delete")
 
 
 def requests(wheel: Path) -> list[dict[str, str]]:
-    """The 300 requests, each with two commands that do what it asks."""
+    """The requests, each with two commands that do what it asks; none that removes files or ends processes."""
     with zipfile.ZipFile(wheel) as archive:
         names = sorted(name for name in archive.namelist() if name.startswith("icalfa/assets/datasets/nl2bash_fs_"))
-        return [request for name in names for request in json.loads(archive.read(name))]
+        every = [request for name in names for request in json.loads(archive.read(name))]
+    return [r for r in every if not DESTROYS.search(f"{r['gold']} {r['gold2']}")]
 
 
 def is_held_out(query: str) -> bool:

@@ -25,9 +25,11 @@ def imported(*arguments: str, cwd: Path) -> set[str]:
     """Top-level names of what `python *arguments` imports, as the interpreter itself reports it."""
     command = [sys.executable, "-X", "importtime", *arguments]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
-    return {line.rsplit("|", 1)[1].strip().partition(".")[0] for line in lines}
+    reports, words = [], []
+    for line in done.stderr.splitlines():
+        (reports if line.startswith("import time:") else words).append(line)
+    assert done.returncode == 0, "\n".join(words)
+    return {line.rsplit("|", 1)[1].strip().partition(".")[0] for line in reports}
 
 
 def command_line(*arguments: str) -> tuple[str, str]:

@@ -10,7 +10,7 @@ import pytest
 
 LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 """What torchrun and accelerate set for each process: their protocol, not our configuration."""
-OTHERS = {"TRITON_INTERPRET", "CUBLAS_WORKSPACE_CONFIG"}
+OTHERS = {"TRITON_INTERPRET", "CUBLAS_WORKSPACE_CONFIG", "PYDANTIC_DISABLE_PLUGINS"}
 """Switches of other libraries that can be reached in no other way."""
 
 
@@ -61,11 +61,7 @@ def module_level_state(tree: ast.Module) -> Iterator[ast.AST]:
             value = node.value
             empty = isinstance(value, ast.Dict) and not value.keys
             empty |= isinstance(value, ast.List) and not value.elts
-            empty |= (
-                isinstance(value, ast.Call)
-                and not value.args
-                and dotted(value.func) in {"dict", "list", "set"}
-            )
+            empty |= isinstance(value, ast.Call) and not value.args and dotted(value.func) in {"dict", "list", "set"}
             if empty:
                 yield node
     yield from (node for node in ast.walk(tree) if isinstance(node, ast.Global))
@@ -73,9 +69,7 @@ def module_level_state(tree: ast.Module) -> Iterator[ast.AST]:
 
 def relative_or_star_import(tree: ast.Module) -> Iterator[ast.AST]:
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (
-            node.level or any(alias.name == "*" for alias in node.names)
-        ):
+        if isinstance(node, ast.ImportFrom) and (node.level or any(alias.name == "*" for alias in node.names)):
             yield node
 
 
@@ -112,16 +106,12 @@ def test_no_source_breaks_the_rule(
         (relative_or_star_import, "from pegbox.hooks import *"),
     ],
 )
-def test_the_rule_sees_what_it_is_there_for(
-    rule: Callable[[ast.Module], Iterator[ast.AST]], source: str
-) -> None:
+def test_the_rule_sees_what_it_is_there_for(rule: Callable[[ast.Module], Iterator[ast.AST]], source: str) -> None:
     assert list(rule(ast.parse(source)))
 
 
 def test_a_module_says_what_it_is(root: Path, sources: list[Path]) -> None:
     silent = [
-        path
-        for path in sources
-        if path.read_text().strip() and not ast.get_docstring(ast.parse(path.read_text()))
+        path for path in sources if path.read_text().strip() and not ast.get_docstring(ast.parse(path.read_text()))
     ]
     assert [str(path.relative_to(root)) for path in silent] == []

@@ -51,9 +51,7 @@ def test_no_file_names_a_folder_of_somebodys_machine(root: Path, files: list[Pat
     for path in files:
         if path.suffix in {".py", ".md", ".toml", ".yaml", ".yml", ".txt", ".json", ".jsonl", ""}:
             for number, line in enumerate(path.read_text().splitlines(), start=1):
-                found += [f"{path.relative_to(root)}:{number}: {line.strip()[:80]}"] * bool(
-                    MACHINE_PATH.search(line)
-                )
+                found += [f"{path.relative_to(root)}:{number}: {line.strip()[:80]}"] * bool(MACHINE_PATH.search(line))
     assert found == []
 
 
@@ -79,9 +77,7 @@ def test_a_plugin_has_its_name_once_its_config_table_and_its_conformance_test(pl
     assert f'plugin = "{name}"' in conformance
 
 
-def test_every_package_declares_the_version_of_the_core_it_was_written_for(
-    member: Member, settings: dict
-) -> None:
+def test_every_package_declares_the_version_of_the_core_it_was_written_for(member: Member, settings: dict) -> None:
     project = member.project
     assert project["version"] == settings["project"]["version"]
     assert project["requires-python"] == settings["project"]["requires-python"]
@@ -118,9 +114,7 @@ def test_the_workspace_and_the_import_rules_name_every_package(settings: dict, m
     core, kernels, plugins = tool["importlinter"]["contracts"][:3]
     others = {member.package for member in members if member.kind != "core"}
     assert others <= set(core["forbidden_modules"])
-    assert set(kernels["forbidden_modules"]) == {
-        member.package for member in members if member.kind != "kernels"
-    }
+    assert set(kernels["forbidden_modules"]) == {member.package for member in members if member.kind != "kernels"}
     assert set(plugins["modules"]) == others - {"pegbox_kernels"}
 
 

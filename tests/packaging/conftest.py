@@ -60,9 +60,7 @@ def closure(requirements: Iterable[str]) -> set[str]:
         name = canonicalize_name(requirement.name)
         if not name.startswith(PREFIX):
             version = distribution(name).version
-            assert requirement.specifier.contains(version, prereleases=True), (
-                f"{requirement} is not met by {version}"
-            )
+            assert requirement.specifier.contains(version, prereleases=True), f"{requirement} is not met by {version}"
             found.add(name)
         for wanted in ("", *requirement.extras):
             if (name, wanted) not in seen:
@@ -105,13 +103,17 @@ class Environment:
         """Run a program of the environment; its standard output, and standard error if it should fail."""
         full = [str(self.bin / command[0]), *command[1:]]
         variables = clean_variables(index=False) | {"HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(
-            full, cwd=self.folder, env=variables, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == rc, (
-            f"{' '.join(command)} -> {done.returncode}\n{done.stdout}\n{done.stderr}"
-        )
+        done = subprocess.run(full, cwd=self.folder, env=variables, capture_output=True, text=True, check=False)
+        assert done.returncode == rc, f"{' '.join(command)} -> {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout + (done.stderr if rc else "")
+
+    def conforms(self, *tests: str) -> None:
+        """Run tests with the pytest of the environment. Only what computes with a missing library may be skipped."""
+        options = ("-q", "-rs", "-p", "no:cacheprovider", "--import-mode=importlib")
+        report = self.run("python", "-m", "pytest", *options, *tests)
+        skipped = [line for line in report.splitlines() if line.startswith("SKIPPED")]
+        assert [line for line in skipped if "not installed" not in line] == []
+        assert " passed" in report
 
     def plugins(self) -> set[str]:
         """What `pegbox plugins --json` lists."""
@@ -127,9 +129,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Path]]
         sources = []
         for number, folder in enumerate(folders):
             sources.append(work / str(number) / folder.name)
-            shutil.copytree(
-                folder, sources[-1], ignore=shutil.ignore_patterns(".*", "__pycache__", "dist", "runs")
-            )
+            shutil.copytree(folder, sources[-1], ignore=shutil.ignore_patterns(".*", "__pycache__", "dist", "runs"))
         pip(
             "wheel",
             "--no-deps",

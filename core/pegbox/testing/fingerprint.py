@@ -2,7 +2,7 @@
 
 A patch belongs to one instance of one model. Code that assigns to a class or a module of another package changes every
 model of the process, cannot be undone, and meets the next one who does the same. The fingerprint is every function and
-class of the loaded modules and every attribute of those classes, compared by identity.
+class of the loaded modules and every method of those classes, compared by identity.
 """
 
 from __future__ import annotations
@@ -32,20 +32,29 @@ FOREIGN = (
 )
 WATCHED = ("torch.nn", "torch.optim", "transformers.modeling_utils", "transformers.models.llama.modeling_llama")
 """Loaded before looking, where installed: what patches reach for."""
-UNSTABLE = ("__pydantic", "_abc_", "__annotations__", "__doc__", "__abstractmethods__", "__parameters__")
+UNSTABLE = ("__pydantic", "__annotate")
+
+CODE = (classmethod, staticmethod, property)
 
 Fingerprint = dict[str, object]
 
 
 def load_watched() -> None:
-    """Import what is watched, where it is installed."""
+    """Import what is watched, where it is installed, and let libraries do what they do once.
+
+    transformers adds a method to torch's Module when the first model of a process is made, so one is made.
+    """
+    from pegbox.testing.tiny import tiny_model
+
     for name in WATCHED:
         if find_spec(name.partition(".")[0]) is not None:
             import_module(name)
+    if "transformers.modeling_utils" in sys.modules:
+        tiny_model()
 
 
 def fingerprint() -> Fingerprint:
-    """Every function, class and class attribute of loaded modules of other packages, by dotted name."""
+    """Every function, class and method of loaded modules of other packages, by dotted name."""
     found: Fingerprint = {}
     for name, module in list(sys.modules.items()):
         if module is not None and _is_foreign(name):
@@ -64,15 +73,25 @@ def _of_module(name: str, module: ModuleType) -> Iterator[tuple[str, object]]:
         if isinstance(value, type) and value.__module__ == name:
             yield f"{name}.{key}.__dict__", frozenset(_attributes(value))
             for attribute in _attributes(value):
-                yield f"{name}.{key}.{attribute}", vars(value)[attribute]
+                yield f"{name}.{key}.{attribute}", _identity(vars(value)[attribute])
+
+
+def _identity(value: object) -> object:
+    """The function itself: torch wraps `step` of an optimizer's class, and marks it so, when the first one is made."""
+    wrapped = isinstance(value, FunctionType) and getattr(value, "hooked", False)
+    return getattr(value, "__wrapped__", value) if wrapped else value
 
 
 def _attributes(cls: type) -> list[str]:
-    return [name for name in vars(cls) if not name.startswith(UNSTABLE)]
+    """The methods, properties and inner classes of a class; values are left out: libraries keep caches there."""
+    own = list(vars(cls).items())
+    return [
+        name for name, value in own if not name.startswith(UNSTABLE) and (callable(value) or isinstance(value, CODE))
+    ]
 
 
 def changes(before: Fingerprint, after: Fingerprint) -> list[str]:
-    """Names that were there before and are something else now, or are gone; and attributes that classes gained."""
+    """Names that were there before and are something else now, or are gone; and methods that classes gained."""
     changed = []
     for name, value in before.items():
         now = after.get(name)

@@ -30,7 +30,7 @@ class Subject:
         with_plugins: plugins that are listed before it, because it needs them.
         sections: the sections of those, by name.
         group: the entry-point group that holds it; `pegbox.commands` for a distribution that brings only a command.
-        instances: ready plugins by name, used instead of installed ones; the rules about packages need an installed one.
+        instances: ready plugins by name, used instead of installed ones; rules about packages need an installed one.
     """
 
     plugin: str

@@ -69,21 +69,20 @@ def compute(module: Module, batch: Batch, needs: frozenset[Need]) -> Outputs:
         input_ids=batch.input_ids_BT,
         attention_mask=batch.attention_mask_BT,
         position_ids=batch.position_ids_BT,
-        output_hidden_states=True,
+        output_hidden_states=bool(needs & {"hidden", "values"}),
         use_cache=False,
     )
-    hidden_BTH = out.hidden_states[-1]
     logits_NV = out.logits.flatten(0, 1)[batch.trained_N].float()
     logps_NV = logits_NV.log_softmax(-1)
     targets_N = batch.targets_BT.flatten()[batch.trained_N]
-    made: dict[Need, tuple[str, Tensor]] = {
-        "logps": ("logps_N", logps_NV.gather(-1, targets_N[:, None])[:, 0]),
-        "entropy": ("entropy_N", -(logps_NV.exp() * logps_NV).sum(-1)),
-        "logits": ("logits_NV", logits_NV),
-        "hidden": ("hidden_BTH", hidden_BTH),
-        "values": ("values_BT", hidden_BTH.float().mean(-1)),
-    }
-    return Outputs(**dict(made[need] for need in needs))
+    hidden_BTH = out.hidden_states[-1] if out.hidden_states else None
+    return Outputs(
+        logps_N=logps_NV.gather(-1, targets_N[:, None])[:, 0] if "logps" in needs else None,
+        entropy_N=-(logps_NV.exp() * logps_NV).sum(-1) if "entropy" in needs else None,
+        logits_NV=logits_NV if "logits" in needs else None,
+        hidden_BTH=hidden_BTH if "hidden" in needs else None,
+        values_BT=hidden_BTH.float().mean(-1) if hidden_BTH is not None and "values" in needs else None,
+    )
 
 
 class TinyPlacement:

@@ -34,18 +34,12 @@ class AdamwConfig(Section):
     betas: tuple[Beta, Beta] = setting(
         (0.9, 0.999), "Decay rates of the averages of the gradient and of its square.", unit="1"
     )
-    eps: float = setting(
-        1e-8, "Added to the root of the second average before dividing by it.", unit="1", gt=0
-    )
-    weight_decay: float = setting(
-        0.0, "Decoupled weight decay, per step and times the learning rate.", unit="1", ge=0
-    )
+    eps: float = setting(1e-8, "Added to the root of the second average before dividing by it.", unit="1", gt=0)
+    weight_decay: float = setting(0.0, "Decoupled weight decay, per step and times the learning rate.", unit="1", ge=0)
     decay_all: bool = setting(
         False, "Decay every parameter; otherwise biases, norm weights and other vectors are left out."
     )
-    schedule: Schedule = setting(
-        "linear", "Shape of the learning rate over the run, as transformers names it."
-    )
+    schedule: Schedule = setting("linear", "Shape of the learning rate over the run, as transformers names it.")
     schedule_options: dict[str, bool | int | float | str] = setting(
         {}, "Further options of the schedule, such as {num_cycles: 2} or {min_lr_rate: 0.1}."
     )

@@ -92,6 +92,4 @@ def _learning_rate(config: AdamwConfig, options: GroupOptions) -> float:
         )
     if options.learning_rate is not None:
         return options.learning_rate
-    return config.learning_rate * (
-        1.0 if options.learning_rate_scale is None else options.learning_rate_scale
-    )
+    return config.learning_rate * (1.0 if options.learning_rate_scale is None else options.learning_rate_scale)

@@ -33,9 +33,7 @@ def tiny_llama() -> LlamaForCausalLM:
 
 def optimizer_of(module: nn.Module, *options: GroupOptions, **settings: Any) -> torch.optim.AdamW:
     model = model_of(module)
-    return build_adamw(
-        AdamwConfig(**settings), model, merge_groups(model, [("test", options)] if options else [])
-    )
+    return build_adamw(AdamwConfig(**settings), model, merge_groups(model, [("test", options)] if options else []))
 
 
 def decay_by_name(optimizer: torch.optim.Optimizer) -> dict[str, float]:
@@ -71,9 +69,7 @@ def test_options_by_name_reach_exactly_the_parameters_they_match() -> None:
     )
     rates = {name: group["lr"] for group in optimizer.param_groups for name in group["param_names"]}
     for name, decay in decay_by_name(optimizer).items():
-        assert rates[name] == (
-            1e-2 if "q_proj" in name else pytest.approx(1e-2) if "lm_head" in name else 1e-3
-        )
+        assert rates[name] == (1e-2 if "q_proj" in name else pytest.approx(1e-2) if "lm_head" in name else 1e-3)
         if "q_proj" in name:
             assert decay == 0.5
 

@@ -41,9 +41,7 @@ class DataPlugin:
             item("source", "json", "sources:json_array", "One JSON array of objects."),
             item("source", "csv", "sources:comma_separated", "Comma-separated values with a header line."),
             item("source", "parquet", "sources:parquet", "Apache Parquet."),
-            item(
-                "format", "chat", "chat:chat", "Conversations in OpenAI's layout, through the chat template."
-            ),
+            item("format", "chat", "chat:chat", "Conversations in OpenAI's layout, through the chat template."),
             item("format", "completion", "completion:completion", "A prompt and its completion."),
         )
 

@@ -26,9 +26,7 @@ if TYPE_CHECKING:
 class CompletionOptions(Section):
     """Options of the format `completion`."""
 
-    chat_template: bool = setting(
-        True, "Render the pair as question and answer; false joins the two as plain text."
-    )
+    chat_template: bool = setting(True, "Render the pair as question and answer; false joins the two as plain text.")
     template_kwargs: dict[str, JsonValue] = setting(
         {}, "Variables for the chat template, such as `{enable_thinking: false}`."
     )

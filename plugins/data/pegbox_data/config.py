@@ -35,17 +35,13 @@ class DataConfig(Section):
     eval_fraction: float | None = setting(
         None, "Share of the training rows held out for evaluation.", unit="1", gt=0, lt=1
     )
-    eval_rows: int | None = setting(
-        None, "Number of training rows held out for evaluation.", unit="rows", ge=1
-    )
+    eval_rows: int | None = setting(None, "Number of training rows held out for evaluation.", unit="rows", ge=1)
     max_length: int | None = setting(None, "Longest row; no limit if not set.", unit="tokens", ge=2)
     overlong: Literal["drop", "truncate", "error"] = setting(
         "drop",
         "What happens to longer rows: leave them out, cut their end off, or stop. Counts are always printed.",
     )
-    columns: tuple[str, ...] = setting(
-        (), "Columns of the source rows that stay with the examples, for rewards."
-    )
+    columns: tuple[str, ...] = setting((), "Columns of the source rows that stay with the examples, for rewards.")
 
     @model_validator(mode="after")
     def _one_way_to_evaluate(self) -> DataConfig:

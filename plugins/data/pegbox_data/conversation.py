@@ -122,9 +122,7 @@ class Conversation:
             return self._prefix(messages[:index], text, tools, prompt=generated, index=index)
         return self._opening(messages[0], text, tools) if generated else 0
 
-    def _prefix(
-        self, messages: Sequence[Message], text: str, tools: object, *, prompt: bool, index: int
-    ) -> int:
+    def _prefix(self, messages: Sequence[Message], text: str, tools: object, *, prompt: bool, index: int) -> int:
         """The length of a rendering that must be a prefix of `text`."""
         try:
             prefix = self.template.render(messages, tools, prompt)

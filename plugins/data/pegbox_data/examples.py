@@ -66,12 +66,8 @@ class TableBuilder:
     def build(self) -> Table:
         lengths = np.array([len(row.ids) for row in self._rows], dtype=np.int64)
         return Table(
-            ids=np.concatenate([row.ids for row in self._rows])
-            if self._rows
-            else np.zeros(0, dtype=np.int32),
-            trained=np.concatenate([row.trained for row in self._rows])
-            if self._rows
-            else np.zeros(0, dtype=bool),
+            ids=np.concatenate([row.ids for row in self._rows]) if self._rows else np.zeros(0, dtype=np.int32),
+            trained=np.concatenate([row.trained for row in self._rows]) if self._rows else np.zeros(0, dtype=bool),
             starts=np.concatenate([[0], np.cumsum(lengths)]),
             counts=np.array([row.trained.sum() for row in self._rows], dtype=np.int64),
             files=np.array(self._files, dtype=np.int32),

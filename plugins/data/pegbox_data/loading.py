@@ -81,9 +81,7 @@ class Datasets:
     def __init__(self, ctx: Context, processor: Processor) -> None:
         self._ctx, self._config, self._processor = ctx, ctx.section(DataConfig), processor
         self._entries = {
-            split: [
-                open_entry(ctx, split, index, processor) for index in range(len(getattr(self._config, split)))
-            ]
+            split: [open_entry(ctx, split, index, processor) for index in range(len(getattr(self._config, split)))]
             for split in ("train", "eval")
         }
         self._encoder = Encoder(processor)

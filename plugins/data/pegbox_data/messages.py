@@ -36,9 +36,7 @@ class MessageReader:
                 "Write it as [{role: user, content: ...}, {role: assistant, content: ...}].",
             )
         if not listed:
-            raise DataError(
-                f"'{name}' is empty", "A conversation needs at least one message.", "Remove the row."
-            )
+            raise DataError(f"'{name}' is empty", "A conversation needs at least one message.", "Remove the row.")
         messages = [self._message(number, message) for number, message in enumerate(listed, 1)]
         return messages, [_flag(number, message) for number, message in enumerate(messages, 1)]
 
@@ -75,9 +73,7 @@ def _flag(number: int, message: Message) -> bool | None:
     """What `train: true/false` or `weight: 0/1` of a message say; None if it has neither."""
     train, weight = message.get("train"), message.get("weight")
     if train is not None and not isinstance(train, bool):
-        raise DataError(
-            f"message {number} has train: {shown(train)}", "It is true or false.", "Correct the flag."
-        )
+        raise DataError(f"message {number} has train: {shown(train)}", "It is true or false.", "Correct the flag.")
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
         raise DataError(
             f"message {number} has weight: {shown(weight)}",

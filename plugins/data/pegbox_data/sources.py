@@ -120,9 +120,7 @@ class Csv:
             except UnicodeDecodeError as error:
                 raise _no_utf8(error) from error
             except csv.Error as error:
-                yield Entry(
-                    line, None, DataError("no valid CSV", f"The parser says: {error}.", "Check its quotes.")
-                )
+                yield Entry(line, None, DataError("no valid CSV", f"The parser says: {error}.", "Check its quotes."))
 
     def _entry(self, line: int, header: list[str], cells: list[str]) -> Entry:
         if len(cells) != len(header):
@@ -169,9 +167,7 @@ jsonl, json_array, comma_separated, parquet = JsonLines(), JsonArray(), Csv(), P
 def _object(line: int, row: Any) -> Entry:
     if isinstance(row, dict):
         return Entry(line, row)
-    return Entry(
-        line, None, DataError(f"the row is {row!r:.60}", "A row is a JSON object.", "Write it as {...}.")
-    )
+    return Entry(line, None, DataError(f"the row is {row!r:.60}", "A row is a JSON object.", "Write it as {...}."))
 
 
 def _skip(text: str, at: int) -> int:

@@ -89,9 +89,7 @@ class ChatTemplate:
         """The text of a conversation; with `prompt` followed by what invites the assistant to speak."""
         return "".join(self._pieces(messages, tools, prompt))
 
-    def render_marked(
-        self, messages: Sequence[Message], tools: object = None
-    ) -> tuple[str, list[tuple[int, int]]]:
+    def render_marked(self, messages: Sequence[Message], tools: object = None) -> tuple[str, list[tuple[int, int]]]:
         """The text of a conversation, and the character ranges of its `{% generation %}` blocks.
 
         No ranges if one of them cannot be told, as in a template that collects its output in a macro first.
@@ -128,9 +126,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> None:

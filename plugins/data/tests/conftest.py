@@ -71,9 +71,7 @@ def trl_template(name: str) -> str:
     spec = find_spec("trl")
     assert spec is not None
     assert spec.submodule_search_locations
-    return (Path(spec.submodule_search_locations[0]) / "chat_templates" / f"{name}.jinja").read_text(
-        encoding="utf-8"
-    )
+    return (Path(spec.submodule_search_locations[0]) / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 def processor_of(tokenizer: PreTrainedTokenizerBase) -> Processor:
@@ -98,8 +96,8 @@ class Trained:
 
 
 @lru_cache
-def opened(tokenizer: PreTrainedTokenizerBase, options: str) -> Renderer:
-    """The format `chat`, its template compiled once."""
+def opened(tokenizer: PreTrainedTokenizerBase, template: str, options: str) -> Renderer:
+    """The format `chat`, each `template` compiled once."""
     return chat.open(chat.fields, ChatOptions.model_validate_json(options), processor_of(tokenizer))
 
 
@@ -108,12 +106,10 @@ def train_mask(
 ) -> Trained:
     """Render and tokenize one conversation as the format `chat` does."""
     row = {"messages": messages, **({"tools": tools} if tools else {})}
-    rendered = opened(tokenizer, json.dumps(options))(row)
+    rendered = opened(tokenizer, str(tokenizer.chat_template), json.dumps(options))(row)
     with Encoder(processor_of(tokenizer)).session() as encoder:
         (encoded,) = encoder.encode([rendered])
-    return Trained(
-        rendered.text, encoded.ids, encoded.trained, encoded.border_tokens, tokenizer, rendered.notes
-    )
+    return Trained(rendered.text, encoded.ids, encoded.trained, encoded.border_tokens, tokenizer, rendered.notes)
 
 
 @dataclass(frozen=True)
@@ -138,9 +134,7 @@ class Workspace:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
         return path
 
-    def context(
-        self, data: str | dict[str, Any], plugins: dict[str, object] | None = None, seed: int = 0
-    ) -> Context:
+    def context(self, data: str | dict[str, Any], plugins: dict[str, object] | None = None, seed: int = 0) -> Context:
         """A composed run whose section `data` is given as YAML text or as a mapping."""
         section = data if isinstance(data, str) else json.dumps(data)
         names = ", ".join(["data", *(plugins or {})])

@@ -25,9 +25,7 @@ def merging_tokenizer(trim_offsets: bool = False, swallow: bool = False) -> PreT
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<e>", pad_token="<e>")
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerFast, text: str, *spans: tuple[int, int, int]
-) -> tuple[list[str], int]:
+def encode(tokenizer: PreTrainedTokenizerFast, text: str, *spans: tuple[int, int, int]) -> tuple[list[str], int]:
     """The trained tokens, decoded one by one, and how many border tokens were left out."""
     encoder = Encoder(Processor(tokenizer=tokenizer, pad_id=0, fingerprint=""))
     with encoder.session():

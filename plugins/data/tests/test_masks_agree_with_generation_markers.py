@@ -46,16 +46,13 @@ GIVEN = re.compile(
 def test_trained_tokens_are_those_the_template_marks(template, shape, tokenizer_of, masked):
     tokenizer = tokenizer_of(template)
     roles = ["user", "assistant"] * 3
-    messages = [
-        {"role": role, "content": content} for role, content in zip(roles, SHAPES[shape], strict=False)
-    ]
-    oracle = tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
+    messages = [{"role": role, "content": content} for role, content in zip(roles, SHAPES[shape], strict=False)]
+    oracle = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     marked = np.array(oracle["assistant_masks"], dtype=bool)
     result = masked(tokenizer, messages)
     assert result.ids.tolist() == list(oracle["input_ids"])
     assert result.mask.any()
+    assert "<|start|>assistant" not in result.words, "the generation prompt gives this header to the model"
     assert not (result.mask & ~marked).any()
     borders = np.flatnonzero(np.diff(np.concatenate([[0], (marked & ~result.mask).astype(int), [0]])))
     for start, end in borders.reshape(-1, 2):

@@ -91,9 +91,7 @@ def test_trained_tokens_are_the_answers_and_their_ends(template, shape, tokenize
     assert result.text == tokenizer.apply_chat_template(messages, tokenize=False)
     turns = re.findall(TURNS[template], result.text, flags=re.DOTALL)
     assert len(turns) == sum(message["role"] == "assistant" for message in messages)
-    for turn, content in zip(
-        turns, (m["content"] for m in messages if m["role"] == "assistant"), strict=True
-    ):
+    for turn, content in zip(turns, (m["content"] for m in messages if m["role"] == "assistant"), strict=True):
         assert content.strip() in turn
     if result.border_tokens == 0:
         assert result.words == "".join(turns)

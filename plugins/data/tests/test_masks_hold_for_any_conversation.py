@@ -16,12 +16,8 @@ contents = st.text(
     max_size=24,
 )
 turns = st.tuples(st.sampled_from(["user", "assistant", "system", "tool"]), contents)
-conversations = st.lists(turns, min_size=1, max_size=7).filter(
-    lambda turns: any(r == "assistant" for r, _ in turns)
-)
-hundred = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+conversations = st.lists(turns, min_size=1, max_size=7).filter(lambda turns: any(r == "assistant" for r, _ in turns))
+hundred = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def as_messages(conversation):

@@ -97,11 +97,9 @@ def test_held_out_rows_are_a_seeded_part_of_the_training_rows(workspace, how, co
 
 
 def test_the_length_rule_moves_no_row_between_the_splits(workspace):
-    workspace.write("rows.jsonl", [conversation("x " * i) for i in range(40)])
+    workspace.write("rows.jsonl", [conversation("x " * (40 - i)) for i in range(40)])
     train, evaluation = held_out(workspace, "{train: [{path: rows.jsonl}], eval_rows: 10}")
-    short_train, short_eval = held_out(
-        workspace, "{train: [{path: rows.jsonl}], eval_rows: 10, max_length: 40}"
-    )
+    short_train, short_eval = held_out(workspace, "{train: [{path: rows.jsonl}], eval_rows: 10, max_length: 40}")
     assert set(short_train) < set(train)
     assert set(short_eval) < set(evaluation)
 
@@ -134,9 +132,7 @@ def test_kept_columns_stay_with_their_rows(workspace):
 
 def test_plain_text_trains_the_completion_and_eos(workspace):
     workspace.write("rows.jsonl", [{"prompt": "2+2 is", "completion": " four"}])
-    examples = workspace.examples(
-        "{train: [{path: rows.jsonl, format: completion, options: {chat_template: false}}]}"
-    )
+    examples = workspace.examples("{train: [{path: rows.jsonl, format: completion, options: {chat_template: false}}]}")
     assert workspace.words(examples) == [" four</s>"]
     assert workspace.tokenizer.decode(examples[0].input_ids) == "2+2 is four</s>"
 
@@ -159,9 +155,7 @@ def test_plain_text_begins_with_the_bos_that_the_tokenizer_adds(workspace):
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
     workspace.write("rows.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "<s>a", "completion": "b"}])
-    examples = workspace.examples(
-        "{train: [{path: rows.jsonl, format: completion, options: {chat_template: false}}]}"
-    )
+    examples = workspace.examples("{train: [{path: rows.jsonl, format: completion, options: {chat_template: false}}]}")
     for i in range(2):
         assert tokenizer.decode(examples[i].input_ids) == "<s>ab</s>"
     assert workspace.words(examples) == ["b</s>", "b</s>"]
@@ -199,7 +193,6 @@ def test_the_fingerprint_does_not_depend_on_where_the_file_lies(workspace):
     workspace.write("rows.jsonl", rows)
     workspace.write("moved.jsonl", rows)
     first, second = (
-        workspace.examples(f"{{train: [{{path: {name}}}]}}").fingerprint
-        for name in ("rows.jsonl", "moved.jsonl")
+        workspace.examples(f"{{train: [{{path: {name}}}]}}").fingerprint for name in ("rows.jsonl", "moved.jsonl")
     )
     assert first == second

@@ -90,9 +90,7 @@ def test_limit_takes_the_first_rows(workspace):
 def test_files_follow_one_another_in_the_order_of_the_config(workspace):
     workspace.write("a.jsonl", ROWS[:1])
     workspace.write("b.jsonl", ROWS[1:])
-    examples = workspace.examples(
-        "{train: [{path: b.jsonl, format: completion}, {path: a.jsonl, format: completion}]}"
-    )
+    examples = workspace.examples("{train: [{path: b.jsonl, format: completion}, {path: a.jsonl, format: completion}]}")
     assert [examples.describe(i) for i in range(3)] == ["b.jsonl:1", "b.jsonl:2", "a.jsonl:1"]
 
 

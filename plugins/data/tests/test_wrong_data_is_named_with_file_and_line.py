@@ -81,16 +81,12 @@ CASES = {
         r"fields: \{messages: \.\.\.\}",
         why="conversation, id",
     ),
-    "a misspelt field": Wrong(
-        '{"mesages": []}\n', r"^rows\.jsonl:1: no field 'messages'", why="The row has: mesages"
-    ),
+    "a misspelt field": Wrong('{"mesages": []}\n', r"^rows\.jsonl:1: no field 'messages'", why="The row has: mesages"),
     "no messages": Wrong(f'{GOOD}\n{{"messages": []}}\n', r"^rows\.jsonl:2: 'messages' is empty"),
     "messages that are a mapping": Wrong(
         '{"messages": {"role": "user"}}\n', r'^rows\.jsonl:1: \'messages\' is \{"role"'
     ),
-    "messages that are text": Wrong(
-        '{"messages": "Hello"}\n', r"^rows\.jsonl:1: 'messages' is a string but no JSON"
-    ),
+    "messages that are text": Wrong('{"messages": "Hello"}\n', r"^rows\.jsonl:1: 'messages' is a string but no JSON"),
     "messages that are null": Wrong('{"messages": null}\n', r"^rows\.jsonl:1: 'messages' is null"),
     "a message that is text": Wrong('{"messages": ["Hello"]}\n', r'^rows\.jsonl:1: message 1 is "Hello"'),
     "an unknown role": Wrong(
@@ -99,12 +95,8 @@ CASES = {
         r"options: \{roles: ",
         why="Did you mean 'assistant'",
     ),
-    "a role that is no text": Wrong(
-        f"{chat((3, 'a'))}\n", r"^rows\.jsonl:1: message 1 has the unknown role 3"
-    ),  # type: ignore[arg-type]
-    "no role": Wrong(
-        '{"messages": [{"content": "a"}]}\n', r"^rows\.jsonl:1: message 1 has no 'role'", "fields: "
-    ),
+    "a role that is no text": Wrong(f"{chat((3, 'a'))}\n", r"^rows\.jsonl:1: message 1 has the unknown role 3"),  # type: ignore[arg-type]
+    "no role": Wrong('{"messages": [{"content": "a"}]}\n', r"^rows\.jsonl:1: message 1 has no 'role'", "fields: "),
     "no content": Wrong(
         '{"messages": [{"role": "user", "value": "a"}]}\n',
         r"^rows\.jsonl:1: message 1 has no 'content'",
@@ -297,9 +289,7 @@ CASES = {
         error=ConfigError,
     ),
     "no training data": Wrong(GOOD, "train", data="{train: []}", error=ConfigError),
-    "a path that is a number": Wrong(
-        GOOD, r"data\.train\.0\.path", data="{train: [{path: 3}]}", error=ConfigError
-    ),
+    "a path that is a number": Wrong(GOOD, r"data\.train\.0\.path", data="{train: [{path: 3}]}", error=ConfigError),
     "two ways to evaluate": Wrong(
         GOOD,
         "eval_fraction and eval_rows are both set",

@@ -147,16 +147,21 @@ def filled(path: Path, table: str) -> str:
     return f"{before}{OPEN}\n{table}\n{CLOSE}{rest.partition(CLOSE)[2]}"
 
 
-def wanted_files(folder: Path | None, readme_folders: Sequence[Path]) -> dict[Path, str | None]:
+def wanted_files(
+    folder: Path | None, package_folders: Sequence[Path] = (), readme_folders: Sequence[Path] = ()
+) -> dict[Path, str | None]:
     """Every file that should exist, with its text; None for a page that was made here once and is not any more.
 
-    With `readme_folders` the reference covers the packages in them; without, every installed plugin of a distribution
-    whose name starts with `pegbox-`.
+    Args:
+        folder: of the pages; None: no pages.
+        package_folders: the pages cover the packages in them; without any, every installed plugin of a distribution
+            whose name starts with `pegbox-`.
+        readme_folders: also fill the config tables in the READMEs of the packages in these, and cover them.
     """
-    packages = packages_in(readme_folders)
-    files: dict[Path, str | None] = dict(readmes(packages))
+    files: dict[Path, str | None] = dict(readmes(packages_in(readme_folders)))
     if folder is None:
         return files
+    packages = packages_in(list(dict.fromkeys([*package_folders, *readme_folders])))
     if packages:
         plugins, commands = plugins_of(packages), [name for package in packages for name in package.commands]
     else:

@@ -21,7 +21,13 @@ ReadmeOption = Annotated[
     typer.Option(
         "--readme",
         metavar="FOLDER",
-        help="Cover the packages in FOLDER, and fill the config tables of their READMEs; may be given several times.",
+        help="The same, and fill the config tables in the READMEs of these packages.",
+    ),
+]
+PackagesOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--packages", metavar="FOLDER", help="Let the pages cover the packages in FOLDER; may be given several times."
     ),
 ]
 CheckOption = Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 and name the files that differ.")]
@@ -31,7 +37,11 @@ PluginsArgument = Annotated[
 
 
 def docs(
-    name: NameArgument = None, write: WriteOption = None, readme: ReadmeOption = None, check: CheckOption = False
+    name: NameArgument = None,
+    write: WriteOption = None,
+    packages: PackagesOption = None,
+    readme: ReadmeOption = None,
+    check: CheckOption = False,
 ) -> None:
     """Show the reference of a hook, a plugin or an error; or write all of it as pages."""
     from pegbox.errors import ConfigError
@@ -41,7 +51,7 @@ def docs(
             raise ConfigError(
                 f"'{name}' cannot be written alone", "Pages are written all together.", "Leave the name out."
             )
-        _write(write, readme or [], check)
+        _write(write, packages or [], readme or [], check)
     elif check:
         raise ConfigError(
             "--check has nothing to compare",
@@ -98,10 +108,10 @@ def _near(name: str, known: list[str]) -> bool:
     return bool(nearest(name, known))
 
 
-def _write(folder: Path | None, readme_folders: list[Path], check: bool) -> None:
+def _write(folder: Path | None, package_folders: list[Path], readme_folders: list[Path], check: bool) -> None:
     from pegbox_docs.book import differing, wanted_files, write
 
-    files = wanted_files(folder, readme_folders)
+    files = wanted_files(folder, package_folders, readme_folders)
     if not check:
         for path in write(files):
             typer.echo(f"wrote {path}" if path.exists() else f"removed {path}")
@@ -110,10 +120,11 @@ def _write(folder: Path | None, readme_folders: list[Path], check: bool) -> None
     if different:
         for path in different:
             typer.echo(f"differs: {path}", err=True)
-        command = " ".join(
-            ["pegbox docs", *([f"--write {folder}"] if folder else []), *(f"--readme {f}" for f in readme_folders)]
-        )
-        typer.echo(f"{len(different)} files are not what the code says. Type: {command}", err=True)
+        options = [("--write", folder) if folder else None]
+        options += [("--packages", packages) for packages in package_folders]
+        options += [("--readme", readmes) for readmes in readme_folders]
+        command = " ".join(f"{option[0]} {option[1]}" for option in options if option)
+        typer.echo(f"{len(different)} files are not what the code says. Type: pegbox docs {command}", err=True)
         raise typer.Exit(1)
 
 

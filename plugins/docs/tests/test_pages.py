@@ -112,3 +112,11 @@ def test_options_that_contradict_each_other_are_an_error(pegbox: Run, arguments:
     done = pegbox("docs", *arguments)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+def test_pages_alone_leave_the_readmes_as_they_are(pegbox: Run, checkout: Path, written: Path) -> None:
+    readme = checkout / "tally" / "README.md"
+    readme.write_text("# no markers\n")
+    done = pegbox("docs", "--write", "reference", "--packages", str(checkout), "--check")
+    assert done.returncode == 0, done.stderr
+    assert readme.read_text() == "# no markers\n"

@@ -12,6 +12,7 @@ from pegbox_doctor.machine import why_not_writable
 from pegbox_doctor.report import Report
 
 GROUP = "Hub"
+HUB_NAME = r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(?<!\.gguf)"
 LOGIN = "For models that need it, type: hf auth login"
 
 
@@ -48,7 +49,7 @@ def has_token() -> bool:
 def check_model(report: Report, config: Config) -> None:
     """Whether the config's model, if it is the name of a hub repository, can be had."""
     wanted = config.run.model
-    is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", wanted.name) and not config.path(wanted.name).exists()
+    is_hub_name = re.fullmatch(HUB_NAME, wanted.name) and not config.path(wanted.name).exists()
     if not is_hub_name or Path(wanted.name).exists() or find_spec("huggingface_hub") is None:
         return
     from huggingface_hub import constants, try_to_load_from_cache

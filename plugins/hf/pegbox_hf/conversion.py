@@ -1,9 +1,9 @@
 """A GGUF file as a folder that `from_pretrained` opens: made once, kept in a cache.
 
-The folder's name holds a digest of the file's content, of transformers' version and of this converter's, so a changed file
-or a changed program gives another folder and an old one is never wrong. It is built beside its final place and
-renamed; a lock lets one process build while the others wait. Reading a file of some GB for its digest takes
-seconds, so the digest is remembered by path, size and time of the last change.
+The folder's name holds a digest of the file's content, of transformers' version and of this converter's, so a
+changed file or a changed program gives another folder and an old one is never wrong. It is built beside its final
+place and renamed; a lock lets one process build while the others wait. Reading a file of some GB for its digest
+takes seconds, so the digest is remembered by path, size and time of the last change.
 """
 
 from __future__ import annotations

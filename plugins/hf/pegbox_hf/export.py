@@ -12,8 +12,10 @@ from pegbox_hf.quiet import quiet
 from pegbox_hf.source import CONFIG
 
 if TYPE_CHECKING:
+    import torch
     from pegbox.context import Context
     from pegbox.types import ExportRequest, Model
+    from torch import Tensor
 
 
 def export_model(ctx: Context, model: Model, request: ExportRequest) -> Path:
@@ -31,12 +33,7 @@ def _write(ctx: Context, model: Model, folder: Path) -> None:
     if wanted == "trained":
         network.save_pretrained(folder)
     else:
-        dtype = getattr(torch, wanted)
-        weights = {
-            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in network.state_dict().items()
-        }
-        network.save_pretrained(folder, state_dict=weights)
+        network.save_pretrained(folder, state_dict=_converted(network.state_dict(), getattr(torch, wanted)))
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         (folder / CONFIG).write_text(json.dumps({**config, "dtype": wanted}, indent=2) + "\n", encoding="utf-8")
     ctx.processor.tokenizer.save_pretrained(folder)
@@ -44,3 +41,14 @@ def _write(ctx: Context, model: Model, folder: Path) -> None:
         save = getattr(part, "save_pretrained", None)
         if save is not None:
             save(folder)
+
+
+def _converted(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weights in another data type; tied ones stay tied, so that they are written once."""
+    made: dict[tuple[int, torch.Size], Tensor] = {}
+    return {
+        name: made.setdefault((tensor.data_ptr(), tensor.shape), tensor.to(dtype))
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in weights.items()
+    }

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 from pegbox.errors import RunError
 from pegbox.types import Batch, Need, Outputs
 
+from pegbox_hf.attention import needs_no_mask, without_mask
+
 if TYPE_CHECKING:
     from torch.nn import Module
     from transformers import PreTrainedModel
@@ -46,7 +48,12 @@ def compute(module: Module, batch: Batch, needs: frozenset[Need]) -> Outputs:
             "Use another loss, or a plugin whose model returns it.",
         )
     network = bare(module)
-    returned = trunk(network)(**trunk_arguments(network, batch), output_router_logits="router_logits" in needs)
+    arguments = trunk_arguments(network, batch) | {"output_router_logits": "router_logits" in needs}
+    if needs_no_mask(network, batch):
+        with without_mask(network):
+            returned = trunk(network)(**arguments | {"attention_mask": None})
+    else:
+        returned = trunk(network)(**arguments)
     hidden_BTH = returned.last_hidden_state
     outputs = Outputs()
     if needs & FROM_HEAD:
@@ -63,7 +70,7 @@ def compute(module: Module, batch: Batch, needs: frozenset[Need]) -> Outputs:
 def bare(module: Module) -> PreTrainedModel:
     """The language model inside a PEFT wrapper, or the module itself; adapters are layers of it either way."""
     unwrap = getattr(module, "get_base_model", None)
-    return module if unwrap is None else unwrap()  # type: ignore[return-value]
+    return module if unwrap is None else unwrap()
 
 
 def trunk(network: PreTrainedModel) -> Module:

@@ -1,9 +1,9 @@
 """Reading the header of a GGUF file, and writing it again without its vocabulary.
 
-A GGUF file is a header (typed key-value pairs and a table of tensors) followed by the tensors' bytes. transformers reads it
-through `gguf.GGUFReader`, which makes numpy views of every token and every merge: seconds for each of the four
-times that transformers opens the file. This reader walks the header once; `write_slim` then gives transformers a header
-without the vocabulary, which it reads in no time.
+A GGUF file is a header (typed key-value pairs and a table of tensors) followed by the tensors' bytes. transformers
+reads it through `gguf.GGUFReader`, which makes numpy views of every token and every merge: seconds for each of the
+four times that transformers opens the file. This reader walks the header once; `write_slim` then gives transformers
+a header without the vocabulary, which it reads in no time.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little-endian).
 """

@@ -2,10 +2,10 @@
 
 Byte-level BPE (`tokenizer.ggml.model: gpt2`) is built here from the file's vocabulary and merges. How text is split
 before merging is not in the file, only a name for it (`tokenizer.ggml.pre`); the table below says what the names that
-we know mean. A name we do not know is refused: a tokenizer that splits differently from the one that the model was trained
-with works, and is wrong. transformers' own conversion gives every such file the split of GPT-2 and, for the
-`llama` architecture, the begin token as the end token; special tokens therefore always come from the file's ids here.
-Other kinds (sentencepiece) go through transformers' conversion.
+we know mean. A name we do not know is refused: a tokenizer that splits differently from the one that the model was
+trained with works, and is wrong. transformers' own conversion gives every such file the split of GPT-2 and, for the
+`llama` architecture, the begin token as the end token; special tokens therefore always come from the file's ids
+here. Other kinds (sentencepiece) go through transformers' conversion.
 
 Source of the table: the published `tokenizer.json` of each family; llama.cpp's names for them (`llama-vocab.cpp`).
 """
@@ -82,10 +82,14 @@ def build(header: GgufFile) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _strings(header: GgufFile, name: str) -> list[str]:
+    return header.get(f"tokenizer.ggml.{name}") or []  # type: ignore[return-value]
+
+
 def _special_tokens(header: GgufFile) -> dict[str, str]:
-    tokens = header.get("tokenizer.ggml.tokens")
+    tokens = _strings(header, "tokens")
     named = {name: header.get(f"tokenizer.ggml.{key}_token_id") for name, key in SPECIAL.items()}
-    return {name: tokens[token_id] for name, token_id in named.items() if isinstance(token_id, int)}  # type: ignore[index]
+    return {name: tokens[token_id] for name, token_id in named.items() if isinstance(token_id, int)}
 
 
 def _byte_level(header: GgufFile) -> PreTrainedTokenizerBase:
@@ -115,13 +119,13 @@ def _elsewhere() -> tuple[str]:
 def _bpe(header: GgufFile, split: Split, special: dict[str, str]) -> Tokenizer:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-    tokens: list[str] = header.get("tokenizer.ggml.tokens")  # type: ignore[assignment]
+    tokens = _strings(header, "tokens")
     kinds: list[int] = header.get("tokenizer.ggml.token_type") or [1] * len(tokens)  # type: ignore[assignment]
-    merges = [tuple(merge.split(" ", 1)) for merge in header.get("tokenizer.ggml.merges") or []]  # type: ignore[union-attr]
+    merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in _strings(header, "merges"))]
     vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=split.whole_words))
 
-    steps = [pre_tokenizers.Digits(individual_digits=True)] if split.digits else []
+    steps: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.Digits(individual_digits=True)] if split.digits else []
     if split.pattern:
         steps.append(pre_tokenizers.Split(Regex(split.pattern), behavior="isolated"))
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not split.pattern))

@@ -1,8 +1,8 @@
 """The weights inside a GGUF file, under transformers' names.
 
-For the architectures of `UNDO` the tensors are unpacked one by one with the `gguf` package, renamed by its table of names,
-and brought back from what llama.cpp's converter did to them; nothing but the result is held in memory. Every parameter
-of the model must be found, with its shape. Other architectures go through transformers' own loader, which
+For the architectures of `UNDO` the tensors are unpacked one by one with the `gguf` package, renamed by its table of
+names, and brought back from what llama.cpp's converter did to them; nothing but the result is held in memory. Every
+parameter of the model must be found, with its shape. Other architectures go through transformers' own loader, which
 knows more of them and takes longer (it builds the table of names once for every module).
 
 Source: llama.cpp's `convert_hf_to_gguf.py`, which says what was done to the tensors of each architecture.
@@ -65,7 +65,7 @@ def read_config(header: GgufFile) -> PretrainedConfig:
     """The transformers config of a GGUF file; no weights are read.
 
     Raises:
-        UserError: transformers does not know the architecture, or the file scales positions in a way that would be lost.
+        UserError: transformers does not know the architecture, or would lose how the file scales positions.
     """
     from transformers import AutoConfig
 
@@ -125,7 +125,7 @@ def read_weights(header: GgufFile, config: PretrainedConfig) -> dict[str, Tensor
     wrong = [name for name, shape in expected.items() if name not in weights or weights[name].shape != shape]
     if wrong:
         raise UserError(
-            f"{header.path} lacks {len(wrong)} of {len(expected)} parameters, or holds them in another shape: {wrong[0]}",
+            f"{header.path} lacks {len(wrong)} of {len(expected)} parameters (or has other shapes): {wrong[0]}",
             f"The file says it holds a model of architecture '{header.architecture}'.",
             "Use the original safetensors model.",
         )
@@ -169,7 +169,8 @@ def _unpacked(header: GgufFile, wanted: Container[str]) -> Iterator[tuple[str, n
         kind = GGMLQuantizationType(tensor.kind)
         block_values, block_bytes = GGML_QUANT_SIZES[kind]
         start, blocks = header.data + tensor.offset, math.prod(tensor.shape) // block_values
-        packed = np.asarray(data[start : start + blocks * block_bytes]).reshape(-1, math.gcd(blocks, ROW_BLOCKS) * block_bytes)
+        row_bytes = math.gcd(blocks, ROW_BLOCKS) * block_bytes
+        packed = np.asarray(data[start : start + blocks * block_bytes]).reshape(-1, row_bytes)
         yield name, dequantize(packed, kind).reshape(tensor.shape)
 
 

@@ -54,9 +54,7 @@ class TokenHead(nn.Module):
         super().__init__()
         self.rule = rule
 
-    def forward(
-        self, hidden_NH: Tensor, projection: nn.Module, targets_N: Tensor, needs: frozenset[Need]
-    ) -> Outputs:
+    def forward(self, hidden_NH: Tensor, projection: nn.Module, targets_N: Tensor, needs: frozenset[Need]) -> Outputs:
         """Log-probabilities and what else `needs` names.
 
         Args:

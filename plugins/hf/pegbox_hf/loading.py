@@ -7,6 +7,8 @@ smaller than its last bit would be lost. With adapters the base keeps its type a
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from pegbox import hooks
@@ -22,6 +24,8 @@ from pegbox_hf.source import require_safetensors, unsafe_weights
 from pegbox_hf.traits import traits_of
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pegbox.context import Context
     from pegbox.types import ModelRequest
     from transformers import PreTrainedModel
@@ -41,7 +45,7 @@ def load_model(ctx: Context, request: ModelRequest) -> Model:
             "This loader unpacks quantized weights or leaves them to the quantization that was asked for.",
             "Remove the plugin that asks for it, or load the model with one that can.",
         )
-    with quiet():
+    with quiet(downloads=True):
         opened = open_config(ctx, request.name, request.revision, convert=not request.meta)
         _require_causal(opened, request)
         dtype = wanted_dtype(ctx, request)
@@ -62,10 +66,18 @@ def load_model(ctx: Context, request: ModelRequest) -> Model:
 
 
 def wanted_dtype(ctx: Context, request: ModelRequest) -> str:
-    """The name of the data type to load in; `auto` is the one that the checkpoint has."""
+    """The name of the data type to load in; `auto` is the one that the checkpoint has.
+
+    Without an accelerator `auto` is float32: it holds the same values, and a CPU computes in half precision at a third of
+    the speed or less.
+    """
+    import torch
+
     if request.role == "policy" and not ctx.owned(hooks.apply_adapters):
         return ctx.section(HfConfig).trainable_dtype
-    return request.options.dtype or ctx.config.run.model.dtype
+    wanted = request.options.dtype or ctx.config.run.model.dtype
+    as_stored = torch.accelerator.is_available() or request.options.quantization is not None
+    return wanted if wanted != "auto" or as_stored else "float32"
 
 
 def _require_causal(opened: Opened, request: ModelRequest) -> None:
@@ -100,11 +112,11 @@ def _on_meta(opened: Opened, request: ModelRequest, dtype: str) -> PreTrainedMod
     from transformers import AutoModelForCausalLM
 
     stored = getattr(opened.config, "dtype", None) or torch.float32
-    with torch.device("meta"):
+    with _explained(request), torch.device("meta"):
         return AutoModelForCausalLM.from_config(
             opened.config,
             dtype=stored if dtype == "auto" else getattr(torch, dtype),
-            trust_remote_code=opened.trusted,
+            trust_remote_code=opened.arguments["trust_remote_code"],
             **_architecture(request),
         )
 
@@ -113,10 +125,11 @@ def _from_weights(opened: Opened, request: ModelRequest, dtype: str) -> PreTrain
     from transformers import AutoModelForCausalLM
 
     require_safetensors(opened.base)
+    adapter = opened.source if opened.source.kind == "adapter" else None
     quantization = {} if request.options.quantization is None else {"quantization_config": request.options.quantization}
-    try:
+    with _explained(request):
         module, report = AutoModelForCausalLM.from_pretrained(
-            opened.source.address,
+            opened.base.address,
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
@@ -124,18 +137,42 @@ def _from_weights(opened: Opened, request: ModelRequest, dtype: str) -> PreTrain
             **_architecture(request),
             **quantization,
         )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        if "safetensors" in str(error) and opened.source.kind == "hub":
-            raise unsafe_weights(opened.source.address, "has no safetensors weights") from error
+    _require_complete(request, report["missing_keys"])
+    return _with_adapter(module, adapter.path, request) if adapter is not None and adapter.path is not None else module
+
+
+@contextmanager
+def _explained(request: ModelRequest) -> Iterator[None]:
+    """What transformers raises, as an error that says what to do."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, OSError) and "safetensors" in str(error):
+            raise unsafe_weights(request.name, "has no safetensors weights") from error
         raise UserError(
-            f"'{request.name}' does not load: {first_line(error)}", "transformers says so.", "Correct the key it speaks of."
+            f"'{request.name}' does not load: {first_line(error)}",
+            "transformers says so.",
+            "Correct the key it speaks of, or the model's files.",
         ) from error
-    _require_complete(request, report)
-    return module
 
 
-def _require_complete(request: ModelRequest, report: dict[str, object]) -> None:
-    missing = sorted(map(str, report["missing_keys"]))  # type: ignore[call-overload]
+def _with_adapter(module: PreTrainedModel, folder: Path, request: ModelRequest) -> PreTrainedModel:
+    """The model with a PEFT adapter in its layers; transformers' own loader would miss parts of some adapters."""
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError(
+            f"'{request.name}' is a PEFT adapter", "PEFT is not installed.", "Type: pip install 'pegbox-hf[adapters]'"
+        ) from error
+    wrapped = peft.PeftModel(module, peft.PeftConfig.from_pretrained(str(folder)))
+    _require_complete(request, wrapped.load_adapter(str(folder), wrapped.active_adapter).missing_keys)
+    return wrapped.get_base_model()
+
+
+def _require_complete(request: ModelRequest, missing_keys: Iterable[str]) -> None:
+    missing = sorted(map(str, missing_keys))
     if missing:
         raise UserError(
             f"the weights of '{request.name}' lack {len(missing)} parameters: {', '.join(missing[:SHOWN])}",

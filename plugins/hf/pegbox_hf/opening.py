@@ -1,7 +1,7 @@
 """Opening what `model.name` says with transformers, and saying clearly why it does not open.
 
-Remote code runs only if `hf.trust_remote_code` lists the very name; nothing is downloaded before the config of the model
-was read and found to be usable.
+Remote code runs only if `hf.trust_remote_code` lists the very name; no weights are downloaded before the config of
+the model was read and found to be usable.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pegbox.errors import UserError
 from pegbox_hf import gguf_file
 from pegbox_hf.config import HfConfig
 from pegbox_hf.conversion import converted, place
+from pegbox_hf.hub import reachable
 from pegbox_hf.source import Source, base_of_adapter, locate
 
 if TYPE_CHECKING:
@@ -31,18 +32,13 @@ class Opened:
         source: what `from_pretrained` opens; of an adapter, the adapter's folder.
         base: what `from_pretrained` opens to get the base model.
         config: the config of the base model.
-        trusted: whether its own Python code may run.
+        arguments: what every `from_pretrained` of this model takes: revision, trust, whether to ask the hub.
     """
 
     source: Source
     base: Source
     config: PretrainedConfig
-    trusted: bool
-
-    @property
-    def arguments(self) -> dict[str, object]:
-        """Arguments that every `from_pretrained` of this model takes."""
-        return {"revision": self.source.revision or "main", "trust_remote_code": self.trusted}
+    arguments: dict[str, object]
 
 
 def find(ctx: Context, name: str, revision: str | None) -> Source:
@@ -71,10 +67,13 @@ def open_config(ctx: Context, name: str, revision: str | None, *, convert: bool 
     if base.kind == "gguf" and base.path is not None:
         cache = ctx.config.path(settings.cache)
         if not convert and not place(base.path, cache).exists():
-            return Opened(source, base, _header_config(base.path), trusted)
+            return Opened(source, base, _header_config(base.path), {"trust_remote_code": trusted})
         folder = replace(base, kind="folder", path=converted(base.path, cache))
         source, base = (folder if source is base else source), folder
-    return Opened(source, base, _read_config(base, trusted), trusted)
+    arguments: dict[str, object] = {"trust_remote_code": trusted}
+    if base.kind == "hub":
+        arguments |= {"revision": base.revision or "main", "local_files_only": not reachable(base)}
+    return Opened(source, base, _read_config(base, arguments), arguments)
 
 
 def _header_config(path: Path) -> PretrainedConfig:
@@ -83,14 +82,11 @@ def _header_config(path: Path) -> PretrainedConfig:
     return read_config(gguf_file.read(path))
 
 
-def _read_config(source: Source, trusted: bool) -> PretrainedConfig:
+def _read_config(source: Source, arguments: dict[str, object]) -> PretrainedConfig:
     from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
-    revision = source.revision or "main"
-    if source.kind == "hub":
-        reach(source)
     try:
-        written, _ = PretrainedConfig.get_config_dict(source.address, revision=revision)
+        written, _ = PretrainedConfig.get_config_dict(source.address, **arguments)
     except OSError as error:
         raise UserError(
             f"the config of '{source.name}' cannot be read: {first_line(error)}",
@@ -98,59 +94,20 @@ def _read_config(source: Source, trusted: bool) -> PretrainedConfig:
             "Correct model.name, or restore the file.",
         ) from error
     kind = written.get("model_type")
-    if kind not in CONFIG_MAPPING and "auto_map" in written and not trusted:
+    if kind not in CONFIG_MAPPING and "auto_map" in written and not arguments["trust_remote_code"]:
         raise UserError(
             f"'{source.name}' runs its own Python code (model type '{kind}')",
             "Code that comes with a model can do anything; it runs only for models that the config names.",
             f"If you have read it and trust it, add to the config: hf: {{trust_remote_code: [{source.name}]}}",
         )
     try:
-        return AutoConfig.from_pretrained(source.address, revision=revision, trust_remote_code=trusted)
+        return AutoConfig.from_pretrained(source.address, **arguments)
     except (ValueError, KeyError) as error:
         raise UserError(
             f"transformers does not know the model type '{kind}' of '{source.name}'",
             first_line(error),
             "Type: pip install --upgrade transformers",
         ) from error
-
-
-def reach(source: Source) -> None:
-    """Have the config of a hub model in the hub's cache.
-
-    Raises:
-        UserError: no such repository or revision, no permission, no connection and nothing cached.
-    """
-    from huggingface_hub import errors, hf_hub_download
-
-    name = source.name
-    try:
-        hf_hub_download(name, "config.json", revision=source.revision)
-    except errors.GatedRepoError as error:
-        raise UserError(
-            f"the hub does not let you read '{name}'", "Its owner asks for consent first.", "Accept it there, then: hf auth login"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise UserError(
-            f"'{name}' has no revision '{source.revision}'", "The hub knows no such branch, tag or commit.", "Correct model.revision."
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise UserError(
-            f"there is no model '{name}' on the hub, or it is private",
-            "No folder of this name exists either.",
-            "Correct model.name; for a private repository: hf auth login",
-        ) from error
-    except errors.LocalEntryNotFoundError as error:
-        raise UserError(
-            f"no model '{name}': no folder of this name exists, it is not in the hub's cache, and the hub cannot be reached",
-            "A hub model is downloaded once; after that no connection is needed.",
-            "Connect and try again, or set model.name to a local folder or GGUF file.",
-        ) from error
-    except errors.EntryNotFoundError as error:
-        raise UserError(
-            f"the repository '{name}' has no config.json", "It is not in transformers' layout.", "Correct model.name."
-        ) from error
-    except (OSError, errors.HFValidationError) as error:
-        raise UserError(f"'{name}' cannot be read from the hub: {first_line(error)}", "", "Correct model.name.") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -19,13 +19,24 @@ from pegbox_hf import gguf_file
 from pegbox_hf.config import HfConfig
 from pegbox_hf.opening import Opened, find, first_line, open_config
 from pegbox_hf.quiet import quiet
+from pegbox_hf.source import looks_like_path
 
 if TYPE_CHECKING:
     from pegbox.context import Context
     from transformers import PreTrainedTokenizerBase
 
-FOR_PADDING = (re.compile(r"[<\[|]+\W*(\w+_)*pad(ding)?(_\w+)*\W*[>\]]+"), re.compile(r"<\W*(unused|reserved)\w*\W*>"))
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+FOR_PADDING = (
+    re.compile(r"[<\[]\W*(\w+_)?pad(ding)?(_\w+)?\W*[>\]]", re.IGNORECASE),
+    re.compile(r"<\W*(unused|reserved)\w*\W*>", re.IGNORECASE),
+)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+)
 
 
 def load_processor(ctx: Context) -> Processor:
@@ -44,6 +55,8 @@ def load_processor(ctx: Context) -> Processor:
 
 def _named_tokenizer(ctx: Context, name: str) -> PreTrainedTokenizerBase:
     folder = ctx.config.path(name)
+    if not folder.is_dir() and looks_like_path(name):
+        raise UserError(f"hf.tokenizer is '{name}', but {folder} is no folder", "", "Correct hf.tokenizer.")
     return _open(str(folder) if folder.is_dir() else name, {}, "hf.tokenizer")
 
 
@@ -114,7 +127,11 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Identifies everything that changes token ids: vocabulary, merges, added tokens, template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    model = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    if backend is None:
+        model = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    else:
+        model = backend.to_str()
+        model = model[model.index('"added_tokens"') :]  # before it: how the last call padded and truncated
     added = {token_id: repr(token) for token_id, token in sorted(tokenizer.added_tokens_decoder.items())}
     parts = (type(tokenizer).__name__, model, added, tokenizer.special_tokens_map, tokenizer.chat_template)
     return hashlib.blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()

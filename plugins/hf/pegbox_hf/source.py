@@ -65,7 +65,7 @@ def locate(name: str, resolve: Callable[[str], Path], revision: str | None = Non
         source = _local(name, _in_package(name))
     elif resolve(name).exists():
         source = _local(name, resolve(name))
-    elif _looks_like_path(name):
+    elif looks_like_path(name):
         raise _missing_path(name, resolve(name))
     elif not HUB_NAME.fullmatch(name):
         raise UserError(
@@ -84,7 +84,8 @@ def locate(name: str, resolve: Callable[[str], Path], revision: str | None = Non
     return source
 
 
-def _looks_like_path(name: str) -> bool:
+def looks_like_path(name: str) -> bool:
+    """Whether a name that does not exist was meant as a path."""
     return name.startswith((".", "/", "~")) or name.endswith((".gguf", "/")) or name.count("/") > 1 or "\\" in name
 
 
@@ -123,9 +124,11 @@ def _in_package(name: str) -> Path:
     folders = [Path(place, *below) for place in spec.submodule_search_locations]
     found = next((folder / inside for folder in folders if (folder / inside).exists()), None)
     if found is None:
-        files = [str(file.relative_to(folder)) for folder in folders for file in folder.rglob("*") if _is_model(file)]
-        listed = _near(inside, files, "in it") if nearest(inside, files) else f"Models in it: {', '.join(files) or 'none'}."
-        raise UserError(f"the package '{package}' holds no '{inside}'", listed, "Correct model.name.")
+        files = [str(path.relative_to(folder)) for folder in folders for path in folder.rglob("*") if _is_model(path)]
+        listed = ", ".join(nearest(inside, files) or files[:5]) or "none"
+        raise UserError(
+            f"the package '{package}' holds no '{inside}'", f"Models in it: {listed}.", "Correct model.name."
+        )
     return found
 
 
@@ -178,7 +181,9 @@ def require_safetensors(source: Source) -> None:
     other = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in source.path.glob(pattern))
     if not other:
         raise UserError(
-            f"{source.path} holds a config but no weights", "There is no *.safetensors file in it.", "Correct model.name."
+            f"{source.path} holds a config but no weights",
+            "There is no *.safetensors file in it.",
+            "Correct model.name.",
         )
     raise unsafe_weights(source.address, f"holds weights as {other[0]}")
 

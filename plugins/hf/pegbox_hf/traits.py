@@ -47,13 +47,21 @@ FROM_CONFIG: dict[str, Callable[[PretrainedConfig], bool]] = {
     "logit_softcap": lambda config: _value(config, "final_logit_softcapping", "logits_soft_cap") is not None,
     "quantized": lambda config: _value(config, "quantization_config") is not None,
 }
-FROM_PARAMETERS = {"attention_sinks": "self_attn.sinks", "qk_norm": "self_attn.q_norm.weight", "head_bias": "lm_head.bias"}
+FROM_PARAMETERS = {
+    "attention_sinks": "self_attn.sinks",
+    "qk_norm": "self_attn.q_norm.weight",
+    "head_bias": "lm_head.bias",
+}
 
 
 def traits_of(config: PretrainedConfig, module: Module) -> frozenset[str]:
     """The traits of a model: `config` is that of its text part; `module` may be on the meta device."""
-    text = config.get_text_config()
     names = [name for name, _ in module.named_parameters()]
-    stated = {trait for trait, holds in FROM_CONFIG.items() if holds(text)}
     seen = {trait for trait, suffix in FROM_PARAMETERS.items() if any(name.endswith(suffix) for name in names)}
-    return frozenset(stated | seen)
+    return traits_of_config(config) | seen
+
+
+def traits_of_config(config: PretrainedConfig) -> frozenset[str]:
+    """The traits that the config of a model's text part states."""
+    text = config.get_text_config()
+    return frozenset(trait for trait, holds in FROM_CONFIG.items() if holds(text))

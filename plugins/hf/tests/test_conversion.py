@@ -198,9 +198,7 @@ def test_processes_that_start_together_share_one_conversion(
     assert AutoModelForCausalLM.from_pretrained(folders[0]).config.model_type == "llama"
 
 
-def test_an_unfinished_conversion_is_never_used(
-    tmp_path: Path, tiny: Make, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_an_unfinished_conversion_is_never_used(tmp_path: Path, tiny: Make, tokenizer: PreTrainedTokenizerFast) -> None:
     cache = tmp_path / "cache"
     file = write_gguf(tmp_path / "tiny.gguf", tiny("Llama"), tokenizer)
     unfinished = cache / f".{place(file, cache).name}.new"

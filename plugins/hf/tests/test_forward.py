@@ -15,7 +15,9 @@ from pegbox.types import Batch, Model, ModulePatch, Outputs
 from pegbox_hf.forward import HEAD, compute
 from pegbox_hf.head import TokenHead, find_rule
 from torch.nn.functional import cross_entropy
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, LlamaForCausalLM, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 FAMILIES = {
@@ -54,7 +56,8 @@ def test_logps_entropy_and_logits_equal_the_models_own_forward(family: str, tiny
         logits_NV = own_logits(module, rows)
     targets_N = rows.targets_BT.flatten()[rows.trained_N]
     torch.testing.assert_close(outputs.logits_NV, logits_NV, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(outputs.logps_N, -cross_entropy(logits_NV, targets_N, reduction="none"), rtol=1e-5, atol=1e-5)
+    logps_N = -cross_entropy(logits_NV, targets_N, reduction="none")
+    torch.testing.assert_close(outputs.logps_N, logps_N, rtol=1e-5, atol=1e-5)
     entropy_N = torch.distributions.Categorical(logits=logits_NV).entropy()
     torch.testing.assert_close(outputs.entropy_N, entropy_N, rtol=1e-5, atol=1e-5)
 
@@ -89,7 +92,9 @@ class Recorder:
     def __init__(self, head: torch.nn.Module) -> None:
         self.forward, self.shapes = head.forward, []
 
-    def __call__(self, hidden_NH: torch.Tensor, projection: object, targets_N: torch.Tensor, needs: frozenset) -> Outputs:
+    def __call__(
+        self, hidden_NH: torch.Tensor, projection: object, targets_N: torch.Tensor, needs: frozenset[str]
+    ) -> Outputs:
         self.shapes.append((hidden_NH.shape, targets_N.shape))
         return self.forward(hidden_NH, projection, targets_N, needs)
 
@@ -165,6 +170,25 @@ def test_packed_documents_do_not_see_each_other(family: str, attention: str, tin
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
+def test_attention_that_needs_document_borders_gets_them(tiny: Make) -> None:
+    module, rows, seen = with_head(tiny("Llama")), packed([torch.arange(3, 8), torch.arange(3, 6)]), []
+
+    def borders(*inputs: object, **options: object) -> object:
+        seen.append(
+            {name: options.get(name) for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")}
+        )
+        return sdpa_attention_forward(*inputs, **options)
+
+    AttentionInterface.register("borders", borders)
+    AttentionMaskInterface.register("borders", sdpa_mask)
+    module.set_attn_implementation("borders")
+    compute(module, rows, frozenset({"hidden"}))
+    assert len(seen) == 2
+    for given in seen:
+        assert given["cu_seq_lens_q"].tolist() == given["cu_seq_lens_k"].tolist() == [0, 5, 8]
+        assert given["max_length_q"] == given["max_length_k"] == 5
+
+
 def test_packing_without_positions_is_refused(tiny: Make) -> None:
     rows = replace(packed([torch.arange(3, 8), torch.arange(3, 6)]), position_ids_BT=None)
     with pytest.raises(RunError, match="position_ids"):
@@ -230,3 +254,21 @@ class Cubed(LlamaForCausalLM):
 def test_a_head_that_does_something_unknown_is_refused(tiny: Make) -> None:
     with pytest.raises(UserError, match="Cubed does something to its logits"):
         find_rule(Cubed(tiny("Llama").config))
+
+
+@pytest.mark.parametrize(("family", "without_mask"), [("Llama", True), ("Mixtral", True), ("Gemma2", False)])
+def test_masks_are_left_out_exactly_where_causality_is_enough(
+    family: str, without_mask: bool, tiny: Make, batch: MakeBatch
+) -> None:
+    module, rows = with_head(tiny(family, **FAMILIES[family])), batch()
+    module.set_attn_implementation("sdpa")
+    asked: list[str] = []
+    network = module.model
+
+    def seen(_module: object, _arguments: object, _named: object) -> None:
+        asked.append(module.config._attn_implementation)
+
+    network.register_forward_pre_hook(seen, with_kwargs=True)
+    compute(module, rows, frozenset({"hidden"}))
+    assert asked == ["sdpa_right_padded" if without_mask else "sdpa"]
+    assert module.config._attn_implementation == "sdpa"

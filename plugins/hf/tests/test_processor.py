@@ -81,19 +81,25 @@ def test_another_tokenizer_can_be_named(folder: Path, tmp_path: Path, context: C
     assert ctx.call(hooks.load_processor, ctx).tokenizer.eos_token == "<end>"
 
 
+def test_a_tokenizer_folder_that_does_not_exist_is_refused(folder: Path, context: Compose) -> None:
+    ctx = context(folder, hf={"tokenizer": "./not-here"})
+    with pytest.raises(UserError, match=r"hf\.tokenizer is '\./not-here'"):
+        ctx.call(hooks.load_processor, ctx)
+
+
 def test_a_folder_without_tokenizer_is_refused(folder: Path, context: Compose) -> None:
     for file in folder.glob("tokenizer*"):
         file.unlink()
+    ctx = context(folder)
     with pytest.raises(UserError, match="holds no tokenizer") as raised:
-        ctx = context(folder)
         ctx.call(hooks.load_processor, ctx)
     assert "hf.tokenizer" in raised.value.next
 
 
 def test_a_broken_tokenizer_is_an_error_without_a_trace(folder: Path, context: Compose) -> None:
     (folder / "tokenizer.json").write_text("{}")
+    ctx = context(folder)
     with pytest.raises(UserError, match="does not open"):
-        ctx = context(folder)
         ctx.call(hooks.load_processor, ctx)
 
 
@@ -101,6 +107,6 @@ def test_a_tokenizer_larger_than_the_model_is_refused(
     folder: Path, context: Compose, tiny: Callable[..., PreTrainedModel]
 ) -> None:
     tiny("Llama", vocab_size=100).save_pretrained(folder)
+    ctx = context(folder)
     with pytest.raises(UserError, match="but the model has 100 embeddings"):
-        ctx = context(folder)
         ctx.call(hooks.load_processor, ctx)

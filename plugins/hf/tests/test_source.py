@@ -106,9 +106,9 @@ def test_a_revision_of_a_folder_is_refused(find: Locate, tmp_path: Path) -> None
 
 
 def test_folders_without_a_model_say_what_they_hold(find: Locate, tmp_path: Path) -> None:
-    for name, file in [("run", "run.json"), ("quants", "m.Q4.gguf"), ("outer/inner", "config.json"), ("empty", "x.txt")]:
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / file).write_text("{}")
+    for file in ("run/run.json", "quants/m.Q4.gguf", "outer/inner/config.json", "empty/x.txt"):
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).write_text("{}")
     said = {}
     for name in ("run", "quants", "outer", "empty"):
         with pytest.raises(UserError, match=r"there is no config\.json") as raised:

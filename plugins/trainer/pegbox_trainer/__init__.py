@@ -12,9 +12,13 @@ if TYPE_CHECKING:
     from pegbox.context import Context
     from pegbox.types import BatchSource, CheckpointStore, Examples, Job, Model, Outcome, Runtime
 
+    from pegbox_trainer.record import RunRecord
+
 
 class TrainerPlugin:
     """Owns `build_runtime`, `place_model`, `build_batches`, `open_checkpoints` and `run_training`."""
+
+    _record: RunRecord | None = None
 
     @hookimpl
     def register_config(self) -> ConfigSection:
@@ -56,5 +60,5 @@ class TrainerPlugin:
 
     @hookimpl
     def on_event(self, event: Event) -> None:
-        if isinstance(event, RunEnded):
+        if isinstance(event, RunEnded) and self._record is not None:
             self._record.close(event.outcome)

@@ -66,9 +66,7 @@ class FolderStore:
         if not self.folder.is_dir():
             return []
         found = ((NAME.fullmatch(path.name), path) for path in self.folder.iterdir())
-        complete = [
-            Checkpoint(step=int(m[1]), path=path) for m, path in found if m and (path / META).is_file()
-        ]
+        complete = [Checkpoint(step=int(m[1]), path=path) for m, path in found if m and (path / META).is_file()]
         return sorted(complete, key=lambda checkpoint: checkpoint.step)
 
     def save(self, step: int, model: Model, optimization: Optimization) -> Checkpoint:
@@ -169,8 +167,7 @@ class FolderStore:
             )
         if meta["world_size"] != self.ctx.runtime.world_size:
             raise RunError(
-                f"{folder} was written by {meta['world_size']} processes, this run has "
-                f"{self.ctx.runtime.world_size}",
+                f"{folder} was written by {meta['world_size']} processes, this run has {self.ctx.runtime.world_size}",
                 "Each process has states of its own, and a step takes rows for all of them.",
                 f"Resume with --processes {meta['world_size']}.",
             )

@@ -86,9 +86,7 @@ def _documents(
 def _check(example: Example, index: int, describe: Callable[[int], str]) -> None:
     tokens, labels, documents = len(example.input_ids), len(example.labels), example.documents
     if tokens == 0:
-        raise DataError(
-            f"{describe(index)} has no token", "An empty row cannot be trained.", "Remove the row."
-        )
+        raise DataError(f"{describe(index)} has no token", "An empty row cannot be trained.", "Remove the row.")
     if labels != tokens:
         raise DataError(
             f"{describe(index)} has {tokens} tokens and {labels} labels",

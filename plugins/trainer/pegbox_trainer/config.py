@@ -20,15 +20,11 @@ class TrainerConfig(Section):
         None, "Length of the run in passes over the data; 1 unless max_steps is set.", unit="epochs", gt=0
     )
     micro_batch: int = setting(4, "Rows of one forward and backward on one process.", unit="rows", ge=1)
-    accumulation: int = setting(
-        1, "Micro-batches of one optimizer step on one process.", unit="micro-batches", ge=1
-    )
+    accumulation: int = setting(1, "Micro-batches of one optimizer step on one process.", unit="micro-batches", ge=1)
     eval_micro_batch: int | None = setting(
         None, "Rows of one forward in evaluation; micro_batch unless set.", unit="rows", ge=1
     )
-    shuffle: bool = setting(
-        True, "Take rows in a new random order each epoch, which depends on the seed alone."
-    )
+    shuffle: bool = setting(True, "Take rows in a new random order each epoch, which depends on the seed alone.")
     precision: Precision = setting(
         "auto", "Arithmetic of the forward; auto is bf16 where CUDA has it natively, else fp32."
     )
@@ -38,18 +34,14 @@ class TrainerConfig(Section):
     log_every: int = setting(
         10, "How often metrics are read from the device and written.", unit="optimizer steps", ge=1
     )
-    eval_every: int | None = setting(
-        None, "How often the held-out rows are evaluated.", unit="optimizer steps", ge=1
-    )
+    eval_every: int | None = setting(None, "How often the held-out rows are evaluated.", unit="optimizer steps", ge=1)
     eval_at_start: bool = setting(False, "Evaluate before the first step.")
     eval_at_end: bool = setting(True, "Evaluate after the last step, if there are held-out rows.")
     save_every: int | None = setting(
         100, "How often a checkpoint is saved; null only at the end.", unit="optimizer steps", ge=1
     )
     keep: int | None = setting(2, "How many checkpoints stay; null keeps all.", unit="checkpoints", ge=1)
-    device: Literal["auto", "cpu"] = setting(
-        "auto", "Where to train; auto takes an accelerator if there is one."
-    )
+    device: Literal["auto", "cpu"] = setting("auto", "Where to train; auto takes an accelerator if there is one.")
     deterministic: bool = setting(
         False, "Use deterministic algorithms only, so that two runs on one GPU agree bit for bit; slower."
     )

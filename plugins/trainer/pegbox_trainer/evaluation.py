@@ -57,9 +57,7 @@ def evaluate(runtime: Runtime, model: Model, loss: Loss, source: BatchSource) ->
 
 def _refuse_non_finite(runtime: Runtime, source: BatchSource, seen: list[tuple[Batch, Tensor]]) -> None:
     fine = torch.stack([finite for _, finite in seen]).tolist() if seen else []
-    first_bad = next(
-        (source.describe(batch) for (batch, _), good in zip(seen, fine, strict=True) if not good), None
-    )
+    first_bad = next((source.describe(batch) for (batch, _), good in zip(seen, fine, strict=True) if not good), None)
     for rows in runtime.gather_objects(first_bad):
         if rows is not None:
             raise RunError(

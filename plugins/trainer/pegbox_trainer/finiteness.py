@@ -69,9 +69,7 @@ class FiniteWatch:
         self._traces.clear()
 
     def _explain(self, trace: StepTrace) -> RunError:
-        suspects = [
-            batch for batch, fine in zip(trace.batches, trace.finite_M.tolist(), strict=True) if not fine
-        ]
+        suspects = [batch for batch, fine in zip(trace.batches, trace.finite_M.tolist(), strict=True) if not fine]
         rows = self._rows(suspects)
         if rows:
             what = f"the loss of the batch {rows} is not finite"

@@ -1,14 +1,19 @@
 """Ctrl-C and SIGTERM as a wish: the loop finishes its step, saves, and returns.
 
-A second Ctrl-C does not wait for that. SIGTERM is what schedulers and torchrun send before they kill;
-torchrun sends it after it got a Ctrl-C itself, so it never counts as a second one.
+A second Ctrl-C does not wait for that. It counts only some time after the first one: torchrun gets the same Ctrl-C and
+passes it on, so that each process sees it twice at once. SIGTERM, which schedulers send before they kill, never counts
+as a second one.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
+
+ECHO_S = 1.0
+"""How long after a Ctrl-C another one is taken for its echo."""
 
 
 class Interruption:
@@ -16,7 +21,7 @@ class Interruption:
 
     def __init__(self) -> None:
         self.requested = False
-        self._ctrl_c = 0
+        self._first_ctrl_c: float | None = None
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Interruption:
@@ -34,6 +39,10 @@ class Interruption:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        self._ctrl_c += number == signal.SIGINT
-        if self._ctrl_c > 1:
+        if number != signal.SIGINT:
+            return
+        now = time.monotonic()
+        if self._first_ctrl_c is None:
+            self._first_ctrl_c = now
+        elif now - self._first_ctrl_c > ECHO_S:
             raise KeyboardInterrupt

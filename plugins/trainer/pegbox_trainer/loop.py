@@ -173,9 +173,7 @@ class TrainingLoop:
         light = tuple(without_tensors(batch) for batch in micro_batches)
         trace = StepTrace(self.step, light, torch.isfinite(parts_MK[:, 0]), values_K[0], norm, counts.nothing)
         self.watch.add(trace, gradients_may_overflow=self.scaler.is_enabled())
-        self._notify(
-            Stepped(step=self.step, model=self.job.model, optimizer=self.optimizer, loss=values_K[0])
-        )
+        self._notify(Stepped(step=self.step, model=self.job.model, optimizer=self.optimizer, loss=values_K[0]))
 
     def _forward(self, batch: Batch, counts: StepCounts) -> tuple[Tensor, LossOutput]:
         placed = batch.to(self.runtime.device)

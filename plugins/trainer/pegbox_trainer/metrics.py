@@ -8,6 +8,7 @@ writes the same file as one that never stopped.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -46,11 +47,12 @@ class MetricsFile:
             os.truncate(self.path, size)
 
     def append(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Write one record."""
+        """Write one record; a figure that is not finite (the norm of an overflow in fp16) is null."""
         if self.writes:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            figures = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"kind": kind, "step": step, **metrics}, allow_nan=False) + "\n")
+                file.write(json.dumps({"kind": kind, "step": step, **figures}) + "\n")
 
     def sync(self) -> None:
         """Wait until what was written would survive a power cut."""

@@ -89,7 +89,6 @@ class RunProgress:
 
 def _short(metrics: Mapping[str, float]) -> str:
     return (
-        f"loss {metrics['loss']:.4f}  grad norm {metrics['grad_norm']:.3f}  "
-        f"lr {metrics['learning_rate']:.2e}  "
+        f"loss {metrics['loss']:.4f}  grad norm {metrics['grad_norm']:.3f}  lr {metrics['learning_rate']:.2e}  "
         f"{metrics['tokens_per_s']:,.0f} tokens/s"
     )

@@ -1,7 +1,7 @@
 """What a run writes about itself, so that it can be explained and repeated after it ended.
 
-`run.json` holds the plan (with every key of the config and where it came from), the versions, the fingerprints of the data,
-and how the run ended; `config.yaml` is the resolved config. Each is written whole or not at all.
+`run.json` holds the plan (with every key of the config and where it came from), the versions, the fingerprints of
+the data, and how the run ended; `config.yaml` is the resolved config. Each is written whole or not at all.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class ProcessRuntime:
         self.rank: int = state.process_index
         self.local_rank: int = max(state.local_process_index, 0)
         self.world_size: int = state.num_processes
-        self.device: torch.device = state.device
+        self.device = _with_index(state.device)
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -48,6 +48,13 @@ class ProcessRuntime:
         total = tensor.clone()
         distributed.all_reduce(total)
         return total
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """`cuda` as `cuda:0`: the form in which tensors name their device."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def build_runtime(ctx: Context) -> ProcessRuntime:

@@ -32,14 +32,3 @@ def config(tmp_path: Path) -> Any:
         return tiny_config(tmp_path / output, **keys)
 
     return make
-
-
-@pytest.fixture(scope="session")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of everything that `peer_runs.py` does on two processes."""
-    from tiny_runs import in_subprocess
-
-    folder = tmp_path_factory.mktemp("two")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    in_subprocess(*launcher, str(HERE / "peer_runs.py"), str(folder))
-    return folder

@@ -19,19 +19,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pegbox_adamw.optimizer
-import pegbox_adamw.schedule
-import pegbox_sft.loss
 import pegbox_trainer.checkpoints
 import pegbox_trainer.loop
 import pegbox_trainer.runtime  # noqa: F401 - with all of these imported, a forked process trains at once
 import torch
-import transformers.optimization
+from pegbox.hooks import hookimpl
 from safetensors.torch import load_file
 from tiny_llama import build_model
 from tiny_runs import run, tiny_config
-
-from pegbox.hooks import hookimpl
 
 STEPS = 16
 KEYS: dict[str, Any] = {
@@ -110,7 +105,7 @@ def kill_until_it_ends(folder: Path) -> None:
 
     def kill(child: int) -> None:
         os.read(hear, 1)
-        time.sleep(source.uniform(0.0, 0.4))
+        time.sleep(source.uniform(0.05, 0.9))
         os.kill(child, signal.SIGKILL)
 
     while in_fork(lambda: train(folder, Killer(tell=tell), save_every=1, resume="auto"), kill):

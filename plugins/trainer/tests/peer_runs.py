@@ -1,7 +1,7 @@
 """The same training by transformers' Trainer and by this package, alone or under torchrun; results go to files.
 
-Run as `torchrun --nproc-per-node 2 peers.py FOLDER` it does every comparison that needs two processes at once, because
-starting processes takes longer than training in them.
+Run as `torchrun --nproc-per-node 2 peer_runs.py FOLDER` it does every comparison that needs two processes at once,
+because starting processes takes longer than training in them.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from typing import Any
 
 import tiny_llama
 import torch
+from pegbox.hooks import hookimpl
 from safetensors.torch import load_file
 from tiny_runs import checkpoint, records, run, tiny_config
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
-
-from pegbox.hooks import hookimpl
 
 STEPS, RATE, DECAY, CLIP, WARMUP = 20, 1e-3, 0.1, 0.5, 3
 
@@ -122,6 +121,20 @@ def train_with_transformers(folder: Path, accumulation: int, micro_batch: int, r
     }
 
 
+def assert_same_training(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    assert len(ours["losses"]) == len(theirs["losses"]) == 20
+    torch.testing.assert_close(torch.tensor(ours["losses"]), torch.tensor(theirs["losses"]), rtol=2e-6, atol=0)
+    torch.testing.assert_close(torch.tensor(ours["norms"]), torch.tensor(theirs["norms"]), rtol=2e-5, atol=0)
+    assert ours["gradient"].keys() == theirs["gradient"].keys() == ours["weights"].keys()
+    assert ours["weights"].keys() == theirs["weights"].keys()
+    for name, gradient in ours["gradient"].items():
+        torch.testing.assert_close(gradient, theirs["gradient"][name], rtol=1e-4, atol=1e-7)
+    start = dict(tiny_llama.build_model().named_parameters())
+    for name, weight in ours["weights"].items():
+        torch.testing.assert_close(weight, theirs["weights"][name], rtol=1e-4, atol=2e-6)
+        assert (weight - start[name]).abs().max() > 1e-3, "and training moved it far beyond the tolerance"
+
+
 def pad(batch: list[Any], pad_id: int) -> dict[str, torch.Tensor]:
     """Rows padded on the right, labels not shifted, as Trainer wants them."""
 
@@ -161,12 +174,11 @@ class CtrlC:
 
 def interrupt_one_rank(folder: Path) -> None:
     """A run of 12 steps; and one that a Ctrl-C on rank 1 alone interrupts after 5, and that is resumed."""
-    keys = {"max_steps": 12, "micro_batch": 2, "accumulation": 2, "log_every": 3, "eval_every": 4, "plugins": ["stop"]}
-    keys["tiny"] = {"dropout": 0.1, "eval_rows": 7}
+    keys: dict[str, Any] = {"max_steps": 12, "micro_batch": 2, "accumulation": 2, "log_every": 3, "eval_every": 4}
+    keys |= {"plugins": ["stop"], "tiny": {"rows": 41, "dropout": 0.1, "eval_rows": 7}}
     outcomes = {}
     for name, step, resume in (("whole", 0, None), ("parted", 5, None), ("parted", 0, "auto")):
-        made = tiny_config(folder / name, resume=resume, **keys)
-        outcome = run(made, stop=CtrlC(step, rank=1))
+        outcome = run(tiny_config(folder / name, resume=resume, **keys), stop=CtrlC(step, rank=1))
         outcomes[f"{name}/{resume}"] = (outcome.reason, outcome.step)
     (folder / f"outcomes-{os.environ['RANK']}.json").write_text(json.dumps(outcomes))
 

@@ -1,7 +1,7 @@
 """A plugin for tests: a random Llama of 100,000 parameters, and random rows, each from a seed.
 
-It answers what the packages under test do not: processor, dataset, model, export. The forward is written with transformers'
-trunk and plain torch, independent of other plugins.
+It answers what the packages under test do not: processor, dataset, model, export. The forward is written with
+transformers' trunk and plain torch, independent of other plugins.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from pegbox.hooks import hookimpl
 from pegbox.section import Section, setting
 from pegbox.types import (
@@ -27,6 +25,7 @@ from pegbox.types import (
     Outputs,
     Processor,
 )
+from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCABULARY = 128
 PAD, POISON = 0, 127
@@ -37,7 +36,8 @@ class TinyLlamaConfig(Section):
 
     rows: int = setting(48, "Training rows.", unit="rows")
     eval_rows: int = setting(0, "Held-out rows.", unit="rows")
-    longest: int = setting(24, "Longest row.", unit="tokens")
+    shortest: int = setting(3, "Shortest document.", unit="tokens")
+    longest: int = setting(24, "Longest document.", unit="tokens")
     documents: int = setting(1, "Documents packed into each row.", unit="documents")
     poison: tuple[int, ...] = setting((), "Rows whose loss is not a number.")
     untrained: tuple[int, ...] = setting((), "Rows without a trained token.")
@@ -61,7 +61,7 @@ class Rows:
         labels: list[int] = []
         documents = []
         for _ in range(config.documents):
-            length = source.randint(3, config.longest)
+            length = source.randint(config.shortest, config.longest)
             tokens = [source.randint(1, POISON - 1) for _ in range(length)]
             if split == "train" and index in config.poison:
                 tokens[-1] = POISON

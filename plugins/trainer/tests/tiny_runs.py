@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
 TINY = str(HERE / "tiny_llama.py")
-WALL_CLOCK = {"elapsed_s", "tokens_per_s"}
+WALL_CLOCK = {"elapsed_s", "tokens_per_s", "peak_memory_bytes"}
 
 
 def tiny_config(folder: Path, **keys: Any) -> dict[str, Any]:

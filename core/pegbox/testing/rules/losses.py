@@ -28,7 +28,7 @@ SAME = 1e-4
 
 def evaluate(loss: Loss, model: Model, batch: Batch) -> LossOutput:
     """The loss of one micro-batch; the model computes what the loss declares and nothing else."""
-    return loss(batch, model.compute(model.module, batch, loss.needs))
+    return loss(batch, model.compute(model.module, batch, frozenset(loss.needs)))
 
 
 def declares_what_it_needs(loss: Loss) -> None:
@@ -161,7 +161,7 @@ def does_not_depend_on_the_split(loss: Loss, model: Model, batches: Sequence[Bat
 def never_calls_the_model(loss: Loss, model: Model, batches: Sequence[Batch]) -> None:
     """The model runs once, in the loop; the loss works on what came out."""
     batch = next(iter(batches))
-    outputs = model.compute(model.module, batch, loss.needs)
+    outputs = model.compute(model.module, batch, frozenset(loss.needs))
     calls: list[str] = []
     names = {module: name or "the model" for name, module in model.module.named_modules()}
     hooks = [module.register_forward_pre_hook(lambda module, _: calls.append(names[module])) for module in names]

@@ -70,7 +70,7 @@ def act(records: Records, model: Model, batch: Batch) -> None:
 
 def are_undone(records: Records, model: Model, batch: Batch) -> None:
     """After undo the module tree, its bytes, its config and its results are those from before."""
-    before, answer = snapshot(model.module), _forward(model, batch)
+    answer, before = _forward(model, batch), snapshot(model.module)
     log = _apply(records, model)
     _forward(model, batch)
     log.undo()
@@ -92,7 +92,7 @@ def are_undone(records: Records, model: Model, batch: Batch) -> None:
 
 def leave_other_models_alone(records: Records, model: Model, other: Model, batch: Batch) -> None:
     """A second model in the process computes what it computed, bit for bit, while the first one is patched."""
-    before, answer = snapshot(other.module), _forward(other, batch)
+    answer, before = _forward(other, batch), snapshot(other.module)
     with foreign_classes_stay_as_they_are("the patch"):
         log = _apply(records, model)
         _forward(model, batch)

@@ -35,7 +35,20 @@ def wrappers_of(subject: Subject, arguments: Mapping[str, Any]) -> dict[str, Wra
 
 def yields_once(hook: str, wrapper: Wrapper, result: object) -> object:
     """The wrapper yields nothing, once, and returns something; what it returned."""
-    generator = _started(hook, wrapper)
+    generator, yielded = _started(wrapper)
+    require(
+        generator is not None,
+        f"the wrapper of {hook} returns without a yield",
+        "The owner would never be asked.",
+        "Write: result = yield",
+    )
+    require(
+        yielded is None,
+        f"the wrapper of {hook} yields {yielded!r}",
+        "What is yielded goes nowhere: a wrapper never changes the arguments of the owner.",
+        "Write: result = yield",
+    )
+    assert generator is not None, "required above"
     try:
         generator.send(result)
     except StopIteration as stop:
@@ -53,31 +66,22 @@ def yields_once(hook: str, wrapper: Wrapper, result: object) -> object:
     )
 
 
-def _started(hook: str, wrapper: Wrapper) -> Generator[None, Any, Any]:
+def _started(wrapper: Wrapper) -> tuple[Generator[None, Any, Any] | None, object]:
+    """The generator at its first yield, and what it yielded; no generator if it returned without one."""
     generator = wrapper()
     try:
-        value = next(generator)
-    except StopIteration as stop:
-        raise RuleBroken(
-            f"the wrapper of {hook} returns without a yield",
-            "The owner would never be asked.",
-            "Write: result = yield",
-        ) from stop
-    require(
-        value is None,
-        f"the wrapper of {hook} yields {value!r}",
-        "What is yielded goes nowhere: a wrapper never changes the arguments of the owner.",
-        "Write: result = yield",
-    )
-    return generator
+        return generator, next(generator)
+    except StopIteration:
+        return None, None
 
 
 def passes_none_on(hook: str, wrapper: Wrapper) -> None:
     """Where an owner may answer None, None is passed on."""
-    if hook not in PASSES_NONE:
+    generator, _ = _started(wrapper)
+    if generator is None or hook not in PASSES_NONE:
         return
     try:
-        _started(hook, wrapper).send(None)
+        generator.send(None)
     except StopIteration as stop:
         require(
             stop.value is None,
@@ -95,8 +99,11 @@ def passes_none_on(hook: str, wrapper: Wrapper) -> None:
 
 def lets_errors_pass(hook: str, wrapper: Wrapper) -> None:
     """An error of the owner goes through the wrapper."""
+    generator, _ = _started(wrapper)
+    if generator is None:
+        return
     try:
-        _started(hook, wrapper).throw(OwnerFailed("the owner failed"))
+        generator.throw(OwnerFailed("the owner failed"))
     except OwnerFailed:
         return
     except StopIteration:

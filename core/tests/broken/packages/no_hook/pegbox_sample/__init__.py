@@ -1,0 +1,5 @@
+"""A class without hooks."""
+
+
+class SamplePlugin:
+    """It would be listed and do nothing."""

@@ -1,0 +1,1 @@
+"""The command `pegbox chat`: talk to a run or to any model, in the terminal."""

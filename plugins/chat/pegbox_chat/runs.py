@@ -1,0 +1,47 @@
+"""What a run's folder means for a conversation: whether it was exported, and which code its config trusts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+from pegbox.errors import UserError
+
+RECORD, CONFIG = "run.json", "config.yaml"
+EXPORTED = ("adapter_config.json", "config.json")
+
+
+def config_for(name: str) -> dict[str, object]:
+    """The config that loads a run or a model.
+
+    Args:
+        name: a run's folder, or what `model.name` may be.
+
+    Raises:
+        UserError: the run was not exported.
+    """
+    folder = Path(name).expanduser()
+    settings: dict[str, object] = {}
+    if (folder / RECORD).is_file():
+        _require_export(folder)
+        settings = _settings(folder)
+    here = str(folder.resolve()) if folder.exists() else name
+    trusted = [*settings.get("trust_remote_code", ()), here] if settings.get("trust_remote_code") else []  # type: ignore[misc]
+    return {"model": {"name": here}, "plugins": ["hf"], "hf": {"trust_remote_code": trusted}}
+
+
+def _require_export(folder: Path) -> None:
+    if any((folder / file).is_file() for file in EXPORTED):
+        return
+    raise UserError(
+        f"the run {folder} has no model yet",
+        "A run exports its model when training ends; this one is still training, was interrupted, or failed.",
+        f"Go on with it: pegbox run {folder / CONFIG} resume=auto",
+    )
+
+
+def _settings(folder: Path) -> dict[str, object]:
+    file = folder / CONFIG
+    written = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    section = written.get("hf") if isinstance(written, dict) else None
+    return section if isinstance(section, dict) else {}
