@@ -41,8 +41,7 @@ def read_member(folder: Path) -> Member:
 def repository_members() -> list[Member]:
     found = [*ROOT.glob("plugins/*/pyproject.toml"), *ROOT.glob("contrib/*/pyproject.toml")]
     return [
-        read_member(folder)
-        for folder in (ROOT / "core", ROOT / "kernels", *(path.parent for path in sorted(found)))
+        read_member(folder) for folder in (ROOT / "core", ROOT / "kernels", *(path.parent for path in sorted(found)))
     ]
 
 

@@ -1,7 +1,8 @@
 """The command line. Each command imports what it needs when it is used, so that help is instant.
 
-Commands of plugins are entry points in the group `pegbox.commands` (a function with typer annotations): help lists them by
-name from metadata, and imports one only when it is called. Exit codes: 0 done, 1 the run failed, 2 the input is wrong.
+Commands of plugins are entry points in the group `pegbox.commands` (a function with typer annotations): help lists them
+by name from metadata, and imports one only when it is called. Exit codes: 0 done, 1 the run failed, 2 the input is
+wrong.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The resolved config: the core's own keys, one section per active plugin, and the origin of every key.
 
-Mistakes teach: each error says what is wrong and where (file and line), names what was probably meant, and says what to type.
+Mistakes teach: each error says what is wrong and where (file and line), names what was probably meant, and says what to
+type.
 """
 
 from __future__ import annotations

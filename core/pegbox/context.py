@@ -1,7 +1,7 @@
 """The context: what every hook gets first.
 
-There is no other ambient state: no module singletons, no environment variables. A plugin finds here its own section of the
-config, the calls into other hooks, the registered states, the exit stack, and randomness that does not depend on
+There is no other ambient state: no module singletons, no environment variables. A plugin finds here its own section of
+the config, the calls into other hooks, the registered states, the exit stack, and randomness that does not depend on
 the number of processes or on which other plugins are active.
 """
 
@@ -58,7 +58,8 @@ class Context:
         exit: closed in reverse however the run ends.
         phase_observers: called with each phase that begins.
         runtime, processor, total_steps: set once each, when `build_runtime`, `load_processor` and `build_batches` have
-            answered; reading one earlier is an error. `total_steps` counts optimizer steps of the whole run; None: open end.
+            answered; reading one earlier is an error. `total_steps` counts optimizer steps of the whole run; None: open
+            end.
     """
 
     config: Config

@@ -3,8 +3,8 @@
 `UserError` is a mistake in what the user wrote (config, data file, command line); the command line ends with
 exit code 2 and prints no trace. `RunError` is a run that failed although the input was right (exit code 1).
 
-The core keeps the words of its errors in `errors.toml`, one entry per mistake, and raises them with `fail`; plugins raise the
-classes directly.
+The core keeps the words of its errors in `errors.toml`, one entry per mistake, and raises them with `fail`; plugins
+raise the classes directly.
 """
 
 from __future__ import annotations

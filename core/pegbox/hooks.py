@@ -6,7 +6,7 @@ The verb of a hook tells its semantics, so that nobody has to look them up:
 |---|---|
 | `register_` | pure declarations, collected before the config is final; a duplicate name is an error |
 | `configure_` | records, merged field by field; two values for one field are an error |
-| `load_ build_ apply_ place_ run_ generate_ open_ export_` | exactly one owner makes the object; wrappers refine the result |
+| `load_ build_ apply_ place_ run_ generate_ open_ export_` | one owner makes the object; wrappers refine the result |
 | `patch_` | declarative patch records; the kernel applies them, checks collisions, can undo them |
 | `score_ sync_` | fan-out: all run, each result keeps its plugin's name |
 | `on_` | observers; an exception stops the run unless the plugin declares `best_effort = True` |
@@ -51,9 +51,6 @@ def semantics(hook_name: str) -> str:
     return VERBS[hook_name.split("_", 1)[0]]
 
 
-# ---- declare: before the config is final; no context, no input or output ----
-
-
 def register_config() -> t.ConfigSection:
     """Declare the plugin's config section: one frozen pydantic model under the plugin's own key."""
 
@@ -67,14 +64,8 @@ def register_items() -> Sequence[t.Item]:
     """
 
 
-# ---- runtime ----
-
-
 def build_runtime(ctx: Context) -> t.Runtime:
     """Make the process group and choose the device. The kernel compares the plan's digest over all ranks next."""
-
-
-# ---- data ----
 
 
 def load_processor(ctx: Context) -> t.Processor:
@@ -87,9 +78,6 @@ def build_dataset(ctx: Context, processor: t.Processor, split: t.Split) -> t.Exa
     Filtering, mixing and packing are wrappers: each receives the rows and returns its own view of them. A wrapper
     passes None on.
     """
-
-
-# ---- model ----
 
 
 def configure_model(ctx: Context) -> t.ModelOptions:
@@ -116,9 +104,6 @@ def place_model(ctx: Context, model: t.Model) -> t.Model:
     """Put the model on its device or devices. The owner's `Model.placement` owns full and sharded state."""
 
 
-# ---- learning ----
-
-
 def build_loss(ctx: Context, model: t.Model) -> t.Loss:
     """Make the loss: terms with counts, computed from what the one forward of the loop returned."""
 
@@ -143,9 +128,6 @@ def run_training(ctx: Context, job: t.Job) -> t.Outcome:
     """Run the training loop."""
 
 
-# ---- rollouts ----
-
-
 def generate_rollouts(ctx: Context, request: rl.RolloutRequest) -> rl.RolloutBatch:
     """Sample completions, each with the first and last weight version it was sampled with."""
 
@@ -158,14 +140,8 @@ def sync_weights(ctx: Context, update: rl.WeightUpdate) -> rl.SyncReceipt:
     """Bring an engine to the new weights and return proof from the engine."""
 
 
-# ---- leave ----
-
-
 def export_model(ctx: Context, model: t.Model, request: t.ExportRequest) -> Path:
     """Write the trained model, or its adapter, in one format that other programs open."""
-
-
-# ---- any time ----
 
 
 def on_event(ctx: Context, event: Event) -> Signal | None:

@@ -1,8 +1,8 @@
 """The kernel: activates the listed plugins, checks them, finds one owner per job, and makes every call.
 
-pluggy registers and calls. What it has not, and what this file adds: the order of the list is the order of calls, for owners,
-collectors and wrappers alike; one owner for each exclusive hook, chosen by the config if several could; conflicts that
-name both distributions; and a note on every exception that says which plugin and which hook raised it.
+pluggy registers and calls. What it has not, and what this file adds: the order of the list is the order of calls, for
+owners, collectors and wrappers alike; one owner for each exclusive hook, chosen by the config if several could;
+conflicts that name both distributions; and a note on every exception that says which plugin and which hook raised it.
 """
 
 from __future__ import annotations
@@ -112,8 +112,6 @@ class Kernel:
         every = (i for plugin in self.active.values() for i in plugin.implementations)
         return [i for i in every if hook in (None, i.hook) and wrapper in (None, i.wrapper)]
 
-    # ---- owners ----
-
     def choose_owners(self, use: Mapping[str, str]) -> None:
         """Find the one owner of each exclusive hook; `use` settles where several plugins could be it."""
         jobs = set()
@@ -159,8 +157,6 @@ class Kernel:
         idle = self.installed.keys() - self.active
         able = sorted(name for name in idle if hook in _hooks_of(self.installed[name][0]))
         return fail("no-owner", hook=hook, able=", ".join(able) or "none")
-
-    # ---- calls ----
 
     def call(self, ctx: Context, spec: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Ask the one owner; wrappers refine its answer; an answer that has state is registered."""
@@ -220,8 +216,6 @@ class Kernel:
             traceback = traceback.tb_next
         if not any(note.startswith("in plugin") for note in getattr(error, "__notes__", ())):
             error.add_note(f"in plugin {self.active[culprit]}, hook {hook}" if culprit else f"in hook {hook}")
-
-    # ---- declarations ----
 
     def _collect_items(self) -> list[tuple[str, Item]]:
         items = [(plugin, item) for plugin, declared in self.each(hooks.register_items) for item in declared]

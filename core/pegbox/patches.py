@@ -1,9 +1,10 @@
 """Applying patch records: matched, checked for collisions, proven to act, and undone to byte-identical modules.
 
-A plugin never patches; it returns `ModulePatch` records and this file applies them to the instances of one model. Three kinds
+A plugin never patches; it returns `ModulePatch` records and this file applies them to the instances of one model. Three
+kinds
 of replacement: another module in the old one's place, another `forward` on the instance, or a value at a seam that a
-library offers. A forward pre-hook counts the calls of every patched module, because a patch that is never called is a silent
-no-op. The idea of declared, fqn-targeted replacements with per-node conflicts follows torchtitan's overrides.
+library offers. A forward pre-hook counts the calls of every patched module, because a patch that is never called is a
+silent no-op. The idea of declared, fqn-targeted replacements with per-node conflicts follows torchtitan's overrides.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def _targets(model: Model, modules: Mapping[str, Module], plugin: str, patch: Mo
 
 
 def _pattern(glob: str) -> re.Pattern[str]:
-    """A dotted glob: `*` stands for one part of a name (or some of it), `**` for any number; a match may start at any part."""
+    """A dotted glob: `*` is one part of a name (or some of it), `**` any number; a match may start at any part."""
     parts = [".*" if part == "**" else re.escape(part).replace(r"\*", "[^.]*") for part in glob.split(".")]
     return re.compile(r"(?:.*\.)?" + r"\.".join(parts))
 

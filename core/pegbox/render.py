@@ -1,4 +1,4 @@
-"""What the command line shows: the plan, the installed plugins, schemas. rich on a terminal, plain columns elsewhere."""
+"""What the command line shows: the plan and the installed plugins; rich on a terminal, plain columns elsewhere."""
 
 from __future__ import annotations
 

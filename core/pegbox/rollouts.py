@@ -1,7 +1,7 @@
 """What the hooks of reinforcement learning pass: requests, completions, scores, weight updates, and their receipts.
 
-A rollout carries the first and the last weight version it was sampled with, and the columns of its source row. R stands for
-rollouts in the suffix of a name.
+A rollout carries the first and the last weight version it was sampled with, and the columns of its source row. R stands
+for rollouts in the suffix of a name.
 """
 
 from __future__ import annotations

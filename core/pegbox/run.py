@@ -38,23 +38,14 @@ def _story(ctx: Context) -> Outcome:
     model = prepare_model(ctx, model_request(ctx))
     loss = ctx.call(hooks.build_loss, ctx, model)
     batches = ctx.call(hooks.build_batches, ctx, model, train)
-    eval_batches = ctx.call(hooks.build_batches, ctx, model, held_out) if held_out else None
+    evals = ctx.call(hooks.build_batches, ctx, model, held_out) if held_out else None
     ctx.total_steps = batches.total_steps
 
     groups = merge_groups(model, ctx.each(hooks.configure_groups, ctx, model))
-    optimization = ctx.call(hooks.build_optimizer, ctx, model, groups)
+    steps = ctx.call(hooks.build_optimizer, ctx, model, groups)
     store = ctx.call(hooks.open_checkpoints, ctx)
-
     resume = resume_point(store, ctx.config.run.resume)
-    job = Job(
-        model=model,
-        loss=loss,
-        train=batches,
-        eval=eval_batches,
-        optimization=optimization,
-        checkpoints=store,
-        resume=resume,
-    )
+    job = Job(model=model, loss=loss, train=batches, eval=evals, optimization=steps, checkpoints=store, resume=resume)
     outcome = ctx.call(hooks.run_training, ctx, job)
 
     if outcome.reason != "interrupted":

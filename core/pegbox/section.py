@@ -1,7 +1,7 @@
 """The base of every config section, and `setting`, which declares one documented field.
 
-A section is a frozen pydantic model that forbids unknown keys. Every field says what it means and in which unit, so that the
-reference pages, the JSON schema and the error messages all come from one place.
+A section is a frozen pydantic model that forbids unknown keys. Every field says what it means and in which unit, so
+that the reference pages, the JSON schema and the error messages all come from one place.
 """
 
 from __future__ import annotations

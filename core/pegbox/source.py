@@ -1,7 +1,7 @@
 """Reading configs: YAML with the line of every key, `extends`, recipes, and `key=value` overrides.
 
-A config is read into a `Layer`: plain data beside the origin of every key. Layers are merged (mappings deeply, lists as a
-whole) in the order extended file, file, command line. The YAML dialect is 1.2's core: only true and false are
+A config is read into a `Layer`: plain data beside the origin of every key. Layers are merged (mappings deeply, lists as
+a whole) in the order extended file, file, command line. The YAML dialect is 1.2's core: only true and false are
 booleans (`no` is a word) and `2e-4` is a number; a key given twice is an error.
 """
 

@@ -6,9 +6,9 @@ Shape suffixes of tensor names:
     H  hidden size                V  vocabulary                    S  document borders of a packed micro-batch
     R  rollouts
 
-Conventions. `targets_BT[b, t]` is the token after position t, or -100 where nothing is trained; the last token of a document
-is never trained. `trained_N` holds the flat indices b * T + t of the trained positions, ascending, computed where the
-batch is made, so that a head touches only what is trained and no device has to be asked how many there are.
+Conventions. `targets_BT[b, t]` is the token after position t, or -100 where nothing is trained; the last token of a
+document is never trained. `trained_N` holds the flat indices b * T + t of the trained positions, ascending, computed
+where the batch is made, so that a head touches only what is trained and no device has to be asked how many there are.
 """
 
 from __future__ import annotations
@@ -44,13 +44,10 @@ class Record:
 
 @runtime_checkable
 class Stateful(Protocol):
-    """State that a checkpoint holds; torch's protocol. `state_scope = "rank"` on the object keeps one state per rank."""
+    """State that a checkpoint holds (torch's protocol); `state_scope = "rank"` on the object: one for each rank."""
 
     def state_dict(self) -> dict[str, object]: ...
     def load_state_dict(self, state_dict: dict[str, object]) -> None: ...
-
-
-# ---- declare ----
 
 
 class ConfigSection(Record):
@@ -74,9 +71,6 @@ class Item(Record):
     name: str
     target: object
     doc: str = ""
-
-
-# ---- runtime and data ----
 
 
 class Runtime(Protocol):
@@ -143,7 +137,7 @@ class Extra(Record):
 
 
 class Batch(Record):
-    """One micro-batch of one rank. Rows are padded on the right; `rows` are dataset indices, so that an error can name them."""
+    """One micro-batch of one rank, padded on the right. `rows` are dataset indices: an error can name them."""
 
     input_ids_BT: Tensor
     targets_BT: Tensor
@@ -171,8 +165,8 @@ class Batch(Record):
 class BatchSource(Stateful, Protocol):
     """Batches of one split. Iterating yields one optimizer step at a time: this rank's micro-batches of it.
 
-    A training source goes on where `load_state_dict` put it and ends when the data does; an evaluation source starts anew at
-    each iteration and yields every row once over all ranks.
+    A training source goes on where `load_state_dict` put it and ends when the data does; an evaluation source starts
+    anew at each iteration and yields every row once over all ranks.
     """
 
     examples: Examples
@@ -185,11 +179,8 @@ class BatchSource(Stateful, Protocol):
         """Where the rows of a batch came from, for messages."""
 
 
-# ---- model ----
-
-
 class ModelOptions(Record):
-    """What plugins ask of a model before it is loaded. Two plugins that set one field to different values are an error."""
+    """What plugins ask of a model before it is loaded; two values for one field are an error."""
 
     dtype: str | None = None
     attention: str | None = None
@@ -247,7 +238,8 @@ class Model(Record):
         base: what `from_pretrained` opens to get the base model: a folder or a hub name.
         format: the format it was loaded from.
         compute: `compute(module, batch, needs)` runs one forward and returns what was asked for.
-        traits: `causal`, `moe`, `attention_sinks`, `sliding_window`, `tied_head` ...: so that nobody asks for a model type.
+        traits: `causal`, `moe`, `attention_sinks`, `sliding_window`, `tied_head` ...: so that nobody asks for a model
+        type.
         adapter: the export format of the adapter applied (`peft`), or None; without one the export format is `format`.
         placement, forward: set by `place_model`; `forward(batch, needs)` runs `compute` on the placed module.
     """
@@ -300,11 +292,8 @@ class SeamChange(Record):
     calls: Callable[[], int]
 
 
-# ---- learning ----
-
-
 class Term(Record):
-    """One term of a loss. Its value is the sum of `total` over the step, divided by the sum of `count` over the step."""
+    """One term of a loss: its value is the sum of `total` over a step divided by the sum of `count` over it."""
 
     name: str
     total: Tensor
@@ -313,7 +302,7 @@ class Term(Record):
 
 
 class LossOutput(Record):
-    """The terms of a loss over one micro-batch, and further figures to log, of the same form (their weight is not used)."""
+    """The terms of a loss over one micro-batch, and further figures to log (their weight is not used)."""
 
     terms: tuple[Term, ...]
     metrics: tuple[Term, ...] = ()
@@ -399,9 +388,6 @@ class Outcome(Record):
     step: int
     metrics: Mapping[str, float] = field(default_factory=dict)
     checkpoint: Checkpoint | None = None
-
-
-# ---- leave ----
 
 
 class ExportRequest(Record):

@@ -88,7 +88,7 @@ def test_the_wheel_of_the_core_ships_every_template(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.packaging
-@pytest.mark.parametrize("hook", ["register_items", "score_rollouts", "build_loss", "open_checkpoints"])
+@pytest.mark.parametrize("hook", ["score_rollouts", "build_loss"])
 def test_a_template_is_installed_by_pip_and_tested_by_pytest(hook: str, tmp_path: Path) -> None:
     make_plugin("sample", hook, tmp_path)
     project, target = tmp_path / "pegbox-sample", tmp_path / "target"

@@ -61,7 +61,7 @@ def report(ctx: Context, output: Path, took_s: float) -> None:
     print("Type next:")
     for command, why in (
         (f"chat {output}", "talk to it"),
-        (f'chat {output} --message "find all empty files"', "ask it one thing"),
+        (f'chat {output} --message "Show how much disk space is free"', "ask it one thing"),
         (f"plan {CONFIG}", "what a run does, and who does it"),
         (f"run {CONFIG} output=runs/second trainer.max_steps=120", "train longer"),
     ):

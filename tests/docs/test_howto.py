@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "name",
     [

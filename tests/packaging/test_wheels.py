@@ -35,7 +35,8 @@ def test_a_wheel_holds_its_own_package_and_metadata_alone(member: Member, wheels
     top = {name.partition("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {member.package}
     assert f"{member.package}/py.typed" in names
-    assert [name for name in names if "/tests/" in name or Path(name).name.startswith(("test_", "conftest"))] == []
+    modules = [Path(name) for name in names if name.endswith(".py")]
+    assert [path for path in modules if "tests" in path.parts or path.name.startswith(("test_", "conftest"))] == []
 
 
 def test_a_wheel_declares_the_entry_points_of_its_pyproject(member: Member, wheels: dict[str, Path]) -> None:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         ByteTokenizer,
         TinyExamples,
         TinyPlacement,
+        plain_model,
         tiny_batches,
         tiny_model,
         tiny_processor,
@@ -59,7 +60,7 @@ LIVES_IN = {
     "running": "RunResult run_cli run_config",
     "runtime": "FakeRuntime",
     "subject": "Subject",
-    "tiny": "ByteTokenizer TinyExamples TinyPlacement tiny_batches tiny_model tiny_processor tiny_rollouts",
+    "tiny": "ByteTokenizer TinyExamples TinyPlacement plain_model tiny_batches tiny_model tiny_processor tiny_rollouts",
 }
 MODULE_OF = {name: module for module, names in LIVES_IN.items() for name in names.split()}
 
@@ -82,6 +83,7 @@ __all__ = [
     "WrapperConformance",
     "foreign_classes_stay_as_they_are",
     "pad_batch",
+    "plain_model",
     "run_cli",
     "run_config",
     "split_batch",

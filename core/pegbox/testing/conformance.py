@@ -28,7 +28,7 @@ from pegbox.testing.fingerprint import foreign_classes_stay_as_they_are
 from pegbox.testing.rules import activation, checkpoints, commands, losses, package, patching, scores, section, wrappers
 from pegbox.testing.rules import hooks as hook_rules
 from pegbox.testing.subject import Subject
-from pegbox.testing.tiny import TinyExamples, tiny_batches, tiny_model, tiny_rollouts
+from pegbox.testing.tiny import TinyExamples, plain_model, tiny_batches, tiny_model, tiny_rollouts
 
 if TYPE_CHECKING:
     from pegbox.context import Context
@@ -93,7 +93,7 @@ class Conformance:
         return self.subject().context(folder)
 
     def model(self) -> Model:
-        """The model that patches and losses are tried on; a new one each time, always the same."""
+        """The model that patches are tried on: a tiny Llama; a new one each time, always the same."""
         return tiny_model()
 
     def batches(self) -> Sequence[Batch]:
@@ -167,17 +167,22 @@ class LossConformance(Conformance):
 
     rows_together: ClassVar[int] = 1
 
+    def loss_model(self) -> Model:
+        """The model whose outputs the loss gets: a causal network of plain torch."""
+        return plain_model()
+
     def loss(self, ctx: Context, model: Model) -> Loss:
         """The loss under test."""
         return ctx.call(hooks.build_loss, ctx, model)
 
     def _made(self, folder: Path) -> tuple[Loss, Model, Sequence[Batch]]:
-        model, batches = self.model(), self.batches()
+        model, batches = self.loss_model(), self.batches()
         return self.loss(self.context(folder), model), model, batches
 
     def test_building_the_loss_leaves_other_packages_alone(self, tmp_path: Path) -> None:
+        ctx, model = self.context(tmp_path), self.loss_model()
         with foreign_classes_stay_as_they_are(f"build_loss of '{self.plugin}'"):
-            self._made(tmp_path)
+            self.loss(ctx, model)
 
     def test_the_loss_declares_what_it_needs(self, tmp_path: Path) -> None:
         losses.declares_what_it_needs(self._made(tmp_path)[0])

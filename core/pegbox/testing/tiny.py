@@ -1,6 +1,6 @@
-"""Small real things: a Llama of two layers with a plain forward, batches for it, a tokenizer of bytes, rollouts.
+"""Small real things: a Llama of two layers, a network of plain torch, batches for them, a tokenizer of bytes, rollouts.
 
-The model is transformers' own, made from a config with seeded random weights; nothing is downloaded. torch and
+The Llama is transformers' own, made from a config with seeded random weights; nothing is downloaded. torch and
 transformers are imported when they are asked for, and a test that asks for them is skipped where they are missing.
 Shape suffixes as in `pegbox.types`: B rows, T tokens of a row, N trained tokens, V vocabulary.
 """
@@ -49,22 +49,40 @@ def tiny_model(seed: int = 0, *, placed: bool = False, **changes: Any) -> Model:
         module = transformers().LlamaForCausalLM(config).train()
     traits = frozenset({"causal", "tied_head"} if config.tie_word_embeddings else {"causal"})
     model = Model(module=module, name="tiny", base="tiny", format="transformers", compute=compute, traits=traits)
-    if not placed:
-        return model
+    return _placed(model) if placed else model
 
+
+def plain_model(seed: int = 0, *, placed: bool = False) -> Model:
+    """A causal network of plain torch, for tests that need no transformers: each token sees the mean of those so far.
+
+    Args:
+        seed: of the random weights.
+        placed: give it a placement and a forward, as `place_model` would.
+    """
+    nn = torch().nn
+    with torch().random.fork_rng(devices=[]):
+        torch().manual_seed(seed)
+        parts = {"embed": nn.Embedding(VOCABULARY, 16), "mix": nn.Linear(16, 16), "head": nn.Linear(16, VOCABULARY)}
+    model = Model(
+        module=nn.ModuleDict(parts),
+        name="plain",
+        base="plain",
+        format="plain",
+        compute=compute_plain,
+        traits=frozenset({"causal"}),
+    )
+    return _placed(model) if placed else model
+
+
+def _placed(model: Model) -> Model:
     def forward(batch: Batch, needs: frozenset[Need]) -> Outputs:
-        return model.compute(module, batch, needs)
+        return model.compute(model.module, batch, needs)
 
-    return replace(model, placement=TinyPlacement(module), forward=forward)
+    return replace(model, placement=TinyPlacement(model.module), forward=forward)
 
 
 def compute(module: Module, batch: Batch, needs: frozenset[Need]) -> Outputs:
-    """One plain forward of a causal language model of transformers, and what was asked for of it.
-
-    `values` are the mean of the last hidden state: the stand-in for a value head.
-    """
-    if "router_logits" in needs:
-        raise ValueError("tiny_model is dense: it has no router; override `model` in the conformance class")
+    """One plain forward of a causal language model of transformers, and what was asked for of it."""
     out = module(
         input_ids=batch.input_ids_BT,
         attention_mask=batch.attention_mask_BT,
@@ -72,10 +90,24 @@ def compute(module: Module, batch: Batch, needs: frozenset[Need]) -> Outputs:
         output_hidden_states=bool(needs & {"hidden", "values"}),
         use_cache=False,
     )
-    logits_NV = out.logits.flatten(0, 1)[batch.trained_N].float()
+    return _asked_for(out.hidden_states[-1] if out.hidden_states else None, out.logits, batch, needs)
+
+
+def compute_plain(module: Any, batch: Batch, needs: frozenset[Need]) -> Outputs:
+    """One forward of `plain_model`, and what was asked for of it."""
+    embedded_BTH = module["embed"](batch.input_ids_BT)
+    lengths_T1 = torch().arange(1, embedded_BTH.shape[1] + 1)[:, None]
+    hidden_BTH = module["mix"](embedded_BTH.cumsum(1) / lengths_T1).tanh()
+    return _asked_for(hidden_BTH, module["head"](hidden_BTH), batch, needs)
+
+
+def _asked_for(hidden_BTH: Tensor | None, logits_BTV: Tensor, batch: Batch, needs: frozenset[Need]) -> Outputs:
+    """The outputs that a loss needs. `values` are the mean of the last hidden state, in place of a value head."""
+    if "router_logits" in needs:
+        raise ValueError("this model is dense, it has no router: override the conformance class's model")
+    logits_NV = logits_BTV.flatten(0, 1)[batch.trained_N].float()
     logps_NV = logits_NV.log_softmax(-1)
     targets_N = batch.targets_BT.flatten()[batch.trained_N]
-    hidden_BTH = out.hidden_states[-1] if out.hidden_states else None
     return Outputs(
         logps_N=logps_NV.gather(-1, targets_N[:, None])[:, 0] if "logps" in needs else None,
         entropy_N=-(logps_NV.exp() * logps_NV).sum(-1) if "entropy" in needs else None,

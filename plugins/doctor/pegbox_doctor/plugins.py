@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from pegbox.discovery import Installed, discover
 from pegbox.errors import PegboxError, fail
 from pegbox.kernel import Kernel
 
+from pegbox_doctor.distributions import GROUPS
 from pegbox_doctor.report import Report
 
 
@@ -30,6 +32,21 @@ def check_plugins(report: Report) -> None:
         _check_once(report, "recipe", name, found)
         for recipe in found:
             _check_recipe(report, recipe)
+    for group in GROUPS:
+        _check_seen(report, group)
+
+
+def _check_seen(report: Report, group: str) -> None:
+    """Pegbox reads `*.dist-info` folders; what only another layout declares is not found by it."""
+    seen = discover(group)
+    for entry in entry_points(group=group):
+        if entry.name not in seen:
+            distribution = entry.dist.name if entry.dist else "its distribution"
+            report.problem(
+                f"'{entry.name}' of {distribution}, an entry point of {group}, is not seen by Pegbox",
+                "It is installed without a dist-info folder: as an egg, or by a setup.py.",
+                f"Type: pip install --force-reinstall {distribution}",
+            )
 
 
 def _check_plugin(report: Report, plugin: Installed) -> None:

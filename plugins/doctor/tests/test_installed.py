@@ -154,6 +154,15 @@ def test_a_recipe_without_its_file_is_found_and_one_with_it_is_none(clinic: Clin
     clinic.one_problem("the recipe 'bad' of pegbox-fake 1.0", "fake_recipes:bad.yaml")
 
 
+def test_an_egg_that_pegbox_does_not_see_is_found(clinic: Clinic, site: Site) -> None:
+    egg = site.folder / "pegbox_fake.egg-info"
+    site.install().rename(egg)
+    (egg / "METADATA").rename(egg / "PKG-INFO")
+    clinic.one_problem(
+        "'fake' of pegbox-fake", "without a dist-info folder", "pip install --force-reinstall pegbox-fake"
+    )
+
+
 def test_looking_at_plugins_imports_nothing_heavy(check_alone: Callable[..., dict[str, Any]]) -> None:
     report = check_alone(
         "plugins.check_plugins(report); import sys; report.fact('Test', 'torch', 'torch' in sys.modules)"

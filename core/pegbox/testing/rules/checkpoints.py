@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pegbox.errors import PegboxError
 from pegbox.testing.libraries import torch
 from pegbox.testing.rule import RuleBroken, require
-from pegbox.testing.tiny import TinyPlacement, tiny_batches, tiny_model
+from pegbox.testing.tiny import TinyPlacement, plain_model, tiny_batches
 from pegbox.types import CheckpointStore, Model, Optimization
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Training:
 
     @classmethod
     def begin(cls, ctx: Context, seed: int = 0) -> Training:
-        model = tiny_model(seed, placed=True)
+        model = plain_model(seed, placed=True)
         optimizer = torch().optim.AdamW(model.module.named_parameters(), lr=1e-2)
         schedule = torch().optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
         probe = ProbeState()
