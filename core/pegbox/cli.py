@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from pegbox.discovery import discover
-from pegbox.errors import fail
+from pegbox.errors import PegboxError, fail
 
 
 class Commands(TyperGroup):
@@ -67,11 +67,8 @@ def run(
     require_training(ctx.kernel)
     claim(ctx.folder, ctx.config.run.resume)
     if processes > 1:
-        import subprocess
-
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        code = subprocess.call([*launcher, "-m", "pegbox", "run", config, *(overrides or [])])
-        raise typer.Exit(1 if code else 0)
+        os.execv(sys.executable, [*launcher, "-m", "pegbox", "run", config, *(overrides or [])])
     from pegbox.render import log_to_terminal, show_short
     from pegbox.run import execute
 
@@ -81,7 +78,8 @@ def run(
     outcome = execute(ctx)
     if outcome.reason == "interrupted":
         where = f"checkpoint: {outcome.checkpoint.path}" if outcome.checkpoint else "no checkpoint was written"
-        typer.echo(f"Interrupted after step {outcome.step}; {where}. Go on with resume=auto.", err=True)
+        if _rank() == 0:
+            typer.echo(f"Interrupted after step {outcome.step}; {where}. Go on with resume=auto.", err=True)
         raise typer.Exit(1)
 
 
@@ -143,14 +141,11 @@ def main() -> None:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
         app()
-    except Exception as error:
-        code = getattr(error, "exit_code", None)
-        if code is None or not hasattr(error, "what"):
-            raise
+    except PegboxError as error:
         prefix = f"[rank {_rank()}] " if _rank() else ""
         notes = "".join(f"\n({note})" for note in getattr(error, "__notes__", ()))
         typer.echo(f"{prefix}{typer.style('error:', fg='red', bold=True)} {error}{notes}", err=True)
-        sys.exit(code)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         typer.echo("\nInterrupted.", err=True)
         sys.exit(1)

@@ -137,11 +137,14 @@ def check_api(plugin: Installed, core_version: str = __version__) -> None:
 
 
 def admits(specifiers: str, version: str) -> bool:
-    """Whether a version satisfies comma-separated `>= > <= < == !=` specifiers; what else is written admits nothing."""
+    """Whether a release satisfies comma-separated specifiers (PEP 440); one that is not understood admits nothing."""
     compare = {">=": ge, ">": gt, "<=": le, "<": lt, "==": eq, "!=": ne}
-    parts = re.findall(r"[^,\s][^,]*", specifiers)
-    clauses = [re.fullmatch(r"(>=|<=|==|!=|<|>)\s*([\d.]+)\s*", part) for part in parts]
-    return all(part is not None and compare[part[1]](_release(version), _release(part[2])) for part in clauses)
+    parts = re.findall(r"[^,\s][^,]*", re.sub(r"~=\s*([\d.]+)\.(\d+)", r">=\1.\2,==\1.*", specifiers))
+    for clause in (re.fullmatch(r"(>=|<=|==|!=|<|>)\s*([\d.]+?)(\.\*)?\s*", part) for part in parts):
+        width = clause[2].count(".") + 1 if clause and clause[3] else 3
+        if clause is None or not compare[clause[1]](_release(version)[:width], _release(clause[2])[:width]):
+            return False
+    return True
 
 
 def _release(version: str) -> tuple[int, ...]:

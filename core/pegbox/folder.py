@@ -14,7 +14,7 @@ RECORD = "run.json"
 
 def claim(folder: Path, resume: str | None) -> None:
     """Refuse an output folder that already holds a run (unless it is to be resumed) or anything else."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and not any(folder.glob("[!.]*"))):
         if resume not in (None, "auto"):
             raise fail("resume-nothing", resume=resume, folder=folder)
     elif not (folder / RECORD).is_file():

@@ -258,9 +258,9 @@ def _named(spec: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str,
 def _implementations(origin: Installed, instance: object) -> Iterator[Implementation]:
     """The hook implementations of a plugin; what would break the rules of hooks is refused here."""
     for hook in dir(instance):
-        function = getattr(instance, hook, None)
-        options = getattr(function, f"{hooks.PROJECT}_impl", None)
-        if function is None or not isinstance(options, dict):
+        function: Any = getattr(instance, hook, None)
+        options: Any = getattr(function, f"{hooks.PROJECT}_impl", None)
+        if not isinstance(options, dict) and hook not in SPECS:
             continue
         broken = _broken_rule(hook, function, options)
         if broken:
@@ -271,6 +271,8 @@ def _implementations(origin: Installed, instance: object) -> Iterator[Implementa
 
 def _broken_rule(hook: str, function: Callable[..., Any], options: Mapping[str, Any]) -> str:
     """What is wrong with an implementation; an empty string if nothing is."""
+    if not isinstance(options, dict):
+        return "it is named like a hook, but not marked with @hookimpl"
     banned = [key for key in ("tryfirst", "trylast", "specname", "hookwrapper", "optionalhook") if options.get(key)]
     if banned:
         return f"uses {', '.join(banned)}; the order of calls is the order of plugins, only wrapper=True is known"

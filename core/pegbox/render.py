@@ -43,10 +43,7 @@ def _tables(plan: Plan) -> Iterator[Table]:
     yield "Hooks, in the order of a run", ("hook", "plugin", "refined by", "why"), jobs
     if plan.model:
         yield "Model", ("fact", "value"), [(key, _text(value)) for key, value in plan.model.items()]
-        patches = [
-            (_text(p["plugin"]), _text(p["slot"]), f"{len(p['modules'])} modules", _text(p["reason"]))
-            for p in plan.patches
-        ]
+        patches = [(p["plugin"], p["slot"], f"{len(p['modules'])} modules", p["reason"]) for p in plan.patches]
         yield "Patches", ("plugin", "slot", "changes", "why"), patches
     yield "Config", ("key", "value", "from"), [(key, _text(value), origin) for key, value, origin in plan.values]
 

@@ -20,7 +20,10 @@ def execute(ctx: Context) -> Outcome:
         try:
             return _story(ctx)
         except BaseException as error:
-            ctx.notify(RunFailed(error=error))
+            try:
+                ctx.notify(RunFailed(error=error))
+            except Exception as second:
+                error.add_note(f"an observer failed as well: {second!r}")
             raise
 
 
@@ -38,7 +41,7 @@ def _story(ctx: Context) -> Outcome:
     model = prepare_model(ctx, model_request(ctx))
     loss = ctx.call(hooks.build_loss, ctx, model)
     batches = ctx.call(hooks.build_batches, ctx, model, train)
-    evals = ctx.call(hooks.build_batches, ctx, model, held_out) if held_out else None
+    evals = ctx.call(hooks.build_batches, ctx, model, held_out) if held_out is not None else None
     ctx.total_steps = batches.total_steps
 
     groups = merge_groups(model, ctx.each(hooks.configure_groups, ctx, model))

@@ -61,11 +61,11 @@ def report(ctx: Context, output: Path, took_s: float) -> None:
     print("Type next:")
     for command, why in (
         (f"chat {output}", "talk to it"),
-        (f'chat {output} --message "Show how much disk space is free"', "ask it one thing"),
+        (f'chat {output} --temperature 0 --message "Show how much disk space is free"', "ask it one thing"),
         (f"plan {CONFIG}", "what a run does, and who does it"),
         (f"run {CONFIG} output=runs/second trainer.max_steps=120", "train longer"),
     ):
-        print(f"  {pegbox()} {command:<70} # {why}")
+        print(f"  {pegbox()} {command:<80} # {why}")
 
 
 def pegbox() -> str:

@@ -32,7 +32,9 @@ class Report:
         self.notes.append(Finding(what, why, next))
 
     def problem(self, what: str, why: str = "", next: str = "") -> None:
-        self.problems.append(Finding(what, why, next))
+        found = Finding(what, why, next)
+        if found not in self.problems:
+            self.problems.append(found)
 
     def problem_of(self, error: PegboxError) -> None:
         """An error that Pegbox would raise, as a problem."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from conftest import Clinic
+    from conftest import Clinic, Site
 
 Visit = Callable[..., tuple[int, dict[str, Any]]]
 Check = Callable[..., dict[str, Any]]
@@ -65,6 +65,11 @@ def test_a_missing_config_is_a_problem(clinic: Clinic) -> None:
 
 def test_a_job_that_nobody_does_is_a_problem(clinic: Clinic, config: str) -> None:
     clinic.one_problem("no active plugin owns", config=config, overrides=["plugins=[]"])
+
+
+def test_a_broken_plugin_that_the_config_lists_is_told_once(clinic: Clinic, site: Site, config: str) -> None:
+    site.install(code="import no_such_module")
+    clinic.one_problem("plugin 'fake'", "no_such_module", config=config, overrides=["plugins=[fake]"])
 
 
 def test_a_taken_output_folder_is_a_problem(clinic: Clinic, config: str, tmp_path: Path) -> None:
