@@ -260,7 +260,7 @@ def _implementations(origin: Installed, instance: object) -> Iterator[Implementa
     for hook in dir(instance):
         function: Any = getattr(instance, hook, None)
         options: Any = getattr(function, f"{hooks.PROJECT}_impl", None)
-        if not isinstance(options, dict) and hook not in SPECS:
+        if function is None or (not isinstance(options, dict) and hook not in SPECS):
             continue
         broken = _broken_rule(hook, function, options)
         if broken:
