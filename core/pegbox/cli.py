@@ -64,7 +64,7 @@ def run(
     from pegbox.plan import compose, require_training
 
     ctx = compose(config, overrides or [])
-    require_training(ctx.kernel)
+    require_training(ctx)
     claim(ctx.folder, ctx.config.run.resume)
     if processes > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]

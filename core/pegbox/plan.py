@@ -95,11 +95,14 @@ def compose(
     return ctx
 
 
-def require_training(kernel: Kernel) -> None:
-    """Raise unless every hook that a training run needs has an owner."""
+def require_training(ctx: Context) -> None:
+    """Raise unless every hook that a training run needs has an owner, and every key of the core has an effect."""
     for hook in NEEDED:
-        if not kernel.owners(hook):
-            raise kernel.no_owner(hook)
+        if not ctx.kernel.owners(hook):
+            raise ctx.kernel.no_owner(hook)
+    for key in ("loss", "rewards"):
+        if getattr(ctx.config.run, key):
+            raise fail("key-idle", key=key, origin=ctx.config.layer.origin((key,)))
 
 
 def make_plan(config: Config, kernel: Kernel) -> Plan:

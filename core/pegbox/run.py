@@ -15,7 +15,7 @@ from pegbox.types import ExportRequest, Job, Outcome
 
 def execute(ctx: Context) -> Outcome:
     """Run everything that the plan says; the outcome of the training, or the error that stopped it."""
-    require_training(ctx.kernel)
+    require_training(ctx)
     with ctx.exit:
         try:
             return _story(ctx)

@@ -8,7 +8,7 @@ from collections.abc import Generator
 import pytest
 from pegbox import __version__, hooks
 from pegbox.context import Context
-from pegbox.errors import PatchError, PluginError, RunError
+from pegbox.errors import ConfigError, PatchError, PluginError, RunError
 from pegbox.hooks import hookimpl
 from pegbox.plan import NEEDED, Plan, compose, plan_model, require_training
 from pegbox.section import Section, setting
@@ -218,9 +218,12 @@ def test_a_run_without_an_owner_that_it_needs_is_refused_before_it_starts(compos
         methods = {hook: implement(hook) for hook in NEEDED if hook != missing}
         plugin = type("AllButOne", (Everything,), methods)()
         with pytest.raises(PluginError, match=f"no active plugin owns {missing}"):
-            require_training(composed({"most": plugin}).kernel)
+            require_training(composed({"most": plugin}))
     plugin = type("All", (Everything,), {hook: implement(hook) for hook in NEEDED})()
-    require_training(composed({"all": plugin}).kernel)
+    require_training(composed({"all": plugin}))
+    for key in ("loss", "rewards"):
+        with pytest.raises(ConfigError, match=f"'{key}' has no effect on this run"):
+            require_training(composed({"all": plugin}, **{key: {"a": 1.0}}))
 
 
 # ---- the model ----

@@ -88,7 +88,7 @@ def test_every_folder_and_extra_of_a_pip_line_exists(
 ) -> None:
     extras = set(tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"])
     folders, wrong = 0, []
-    for where, words in command_lines(blocks, [root / "README.md", *(root / "docs").rglob("*.md")]):
+    for where, words in command_lines(blocks, [root / "README.md", *(root / "docs/howto").glob("*.md")]):
         for before, word in pairwise(words):
             if before == "-e" and "pip" in words:
                 folders += 1

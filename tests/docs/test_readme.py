@@ -38,7 +38,7 @@ def test_it_is_short(readme: Path) -> None:
 
 def test_its_config_is_a_complete_run(shown: Path) -> None:
     ctx = compose(shown / "train.yaml", ["lora.r=8"])
-    require_training(ctx.kernel)
+    require_training(ctx)
     assert list(ctx.kernel.active) == ["hf", "data", "lora", "sft", "adamw", "trainer"]
 
 

@@ -124,9 +124,6 @@ class PluginConformance(Conformance):
     def test_it_keeps_the_rules_of_hooks(self) -> None:
         hook_rules.keeps_the_rules_of_hooks(self.subject())
 
-    def test_it_marks_every_hook(self) -> None:
-        hook_rules.marks_every_hook(self.activated())
-
     def test_it_is_imported_in_no_time(self) -> None:
         activation.is_imported_in_no_time(self.activated())
 

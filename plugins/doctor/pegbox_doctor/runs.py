@@ -23,7 +23,7 @@ def check_run(report: Report, config: str, overrides: Sequence[str]) -> Context 
     report.fact("Run", "model", ctx.config.run.model.name)
     report.fact("Run", "plugins", ", ".join(ctx.kernel.active))
     report.fact("Run", "output", ctx.folder)
-    for check in (partial(require_training, ctx.kernel), partial(claim, ctx.folder, ctx.config.run.resume)):
+    for check in (partial(require_training, ctx), partial(claim, ctx.folder, ctx.config.run.resume)):
         try:
             check()
         except PegboxError as error:
