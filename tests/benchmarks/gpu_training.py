@@ -2,9 +2,9 @@
 
     python tests/benchmarks/gpu_training.py [--results CSV]
 
-Both sides train the same model (the architecture of SmolLM2-135M, random weights) on the same rows with the same adapters,
-optimizer and batch shapes, in bf16 autocast over a bf16 base. Between two logged steps of ours, CUDA's synchronization
-debug mode is set to `error`: an operation that makes the host wait stops the run.
+Both sides train the same model (the architecture of SmolLM2-135M, random weights) on the same rows with the same
+adapters, optimizer and batch shapes, in bf16 autocast over a bf16 base. Between two logged steps of ours, CUDA's
+synchronization debug mode is set to `error`: an operation that makes the host wait stops the run.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -172,7 +173,7 @@ def main() -> None:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             times = run()
-            pace = [(b - a) / LOG_EVERY for a, b in zip(times, times[1:], strict=False)]
+            pace = [(b - a) / LOG_EVERY for a, b in pairwise(times)]
             step_s = statistics.median(pace)
             tokens_per_s = LENGTH * MICRO_BATCH * ACCUMULATION / step_s
             rows.append([name, f"{step_s * 1e3:.1f}", f"{tokens_per_s:.0f}", str(torch.cuda.max_memory_allocated())])

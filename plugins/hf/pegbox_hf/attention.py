@@ -1,9 +1,9 @@
 """Attention over right-padded rows of a causal model, without a mask.
 
-A token sees what stands before it, and padding comes after: no mask is needed. transformers makes one all the same, or asks
-the device whether it could leave it out; either way the host waits for the device in every forward, and with a
-mask torch cannot take its fastest kernel. An implementation that is registered for attention and not for masks gets none
-(transformers' `AttentionInterface`); it is torch's own, chosen for the length of one forward, so that generation,
+A token sees what stands before it, and padding comes after: no mask is needed. transformers makes one all the same, or
+asks the device whether it could leave it out; either way the host waits for the device in every forward, and with a
+mask torch cannot take its fastest kernel. An implementation that is registered for attention and not for masks gets
+none (transformers' `AttentionInterface`); it is torch's own, chosen for the length of one forward, so that generation,
 which pads on the left, keeps its masks.
 """
 

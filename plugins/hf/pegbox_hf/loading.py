@@ -68,8 +68,8 @@ def load_model(ctx: Context, request: ModelRequest) -> Model:
 def wanted_dtype(ctx: Context, request: ModelRequest) -> str:
     """The name of the data type to load in; `auto` is the one that the checkpoint has.
 
-    Without an accelerator `auto` is float32: it holds the same values, and a CPU computes in half precision at a third of
-    the speed or less.
+    Without an accelerator `auto` is float32: it holds the same values, and a CPU computes in half precision at a third
+    of the speed or less.
     """
     import torch
 
