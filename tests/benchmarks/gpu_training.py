@@ -21,7 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from pegbox.events import Event, Logged, Stepped
+from pegbox.events import Event, GradientsReady, Logged, Stepped
 from pegbox.hooks import hookimpl
 from pegbox.plan import compose
 from pegbox.run import execute
@@ -75,12 +75,13 @@ class Synthetic:
 
     @hookimpl
     def on_event(self, event: Event) -> None:
-        if isinstance(event, Stepped) and event.step >= WARM:
-            torch.cuda.set_sync_debug_mode("default" if event.step % LOG_EVERY == 0 else "error")
+        if isinstance(event, GradientsReady) and event.step >= WARM:
+            torch.cuda.set_sync_debug_mode("error")
+        if isinstance(event, Stepped) and event.step % LOG_EVERY == 0:
+            torch.cuda.set_sync_debug_mode("default")
         if isinstance(event, Logged) and event.step >= WARM:
             torch.cuda.synchronize()
             self.times.append(time.perf_counter())
-            torch.cuda.set_sync_debug_mode("error" if event.step < STEPS else "default")
 
 
 def save_model(folder: Path) -> None:
