@@ -33,8 +33,8 @@ PREFIX = "pegbox"
 
 
 def clean_variables(index: bool) -> dict[str, str]:
-    """The environment variables of a child process: none of Python's, and without `index` none of pip's."""
-    dropped = ("PYTHON", "VIRTUAL_ENV") if index else ("PYTHON", "VIRTUAL_ENV", "PIP_")
+    """The environment variables of a child process: none that change Python, Triton or, without `index`, pip."""
+    dropped = ("PYTHON", "VIRTUAL_ENV", "TRITON_") if index else ("PYTHON", "VIRTUAL_ENV", "TRITON_", "PIP_")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
     return {**kept, "PYTHONNOUSERSITE": "1", "COLUMNS": "200", "NO_COLOR": "1"} | (
         {} if index else {"PIP_CONFIG_FILE": os.devnull}

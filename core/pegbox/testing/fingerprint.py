@@ -46,7 +46,8 @@ def load_watched() -> None:
     """
     from pegbox.testing.tiny import tiny_model
 
-    for name in WATCHED:
+    # transformers can be there without torch, and then its models cannot be imported.
+    for name in WATCHED if find_spec("torch") is not None else ():
         if find_spec(name.partition(".")[0]) is not None:
             import_module(name)
     if "transformers.modeling_utils" in sys.modules:
