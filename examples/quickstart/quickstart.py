@@ -33,13 +33,13 @@ def main(overrides: Sequence[str]) -> int:
         if output != Path(planned.config.run.output):
             print(f"{planned.config.run.output} exists already; this run goes to {output}.\n")
         show_short(ctx)
-        print("The first time, the model is converted from GGUF: about half a minute.", flush=True)
+        print("The first time, the model is converted from GGUF: some seconds.", flush=True)
         outcome = execute(ctx)
     except PegboxError as error:
         print(f"\n{error}", file=sys.stderr)
         return error.exit_code
     if outcome.reason == "interrupted":
-        print(f"\nInterrupted. To go on: {pegbox()} run {CONFIG} output={output} resume=auto")
+        print(f"\nInterrupted. To go on: {pegbox()} run {short(CONFIG)} output={output} resume=auto")
         return 1
     report(ctx, output, time.perf_counter() - began)
     return 0
@@ -62,8 +62,8 @@ def report(ctx: Context, output: Path, took_s: float) -> None:
     for command, why in (
         (f"chat {output}", "talk to it"),
         (f'chat {output} --temperature 0 --message "Show how much disk space is free"', "ask it one thing"),
-        (f"plan {CONFIG}", "what a run does, and who does it"),
-        (f"run {CONFIG} output=runs/second trainer.max_steps=120", "train longer"),
+        (f"plan {short(CONFIG)}", "what a run does, and who does it"),
+        (f"run {short(CONFIG)} output=runs/second trainer.max_steps=120", "train longer"),
     ):
         print(f"  {pegbox()} {command:<80} # {why}")
 
@@ -71,7 +71,12 @@ def report(ctx: Context, output: Path, took_s: float) -> None:
 def pegbox() -> str:
     """The command as it can be typed here, with or without the environment activated."""
     script = Path(sys.executable).with_name("pegbox")
-    return str(script.relative_to(Path.cwd())) if script.is_relative_to(Path.cwd()) else "pegbox"
+    return str(short(script)) if script.is_relative_to(Path.cwd()) else "pegbox"
+
+
+def short(path: Path) -> Path:
+    """The path from the current folder, if it lies below it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 if __name__ == "__main__":

@@ -99,13 +99,24 @@ def read_all(folder: Path) -> int:
 
 
 def kill_until_it_ends(folder: Path) -> None:
-    """A run that saves after each step, killed at random moments of its training; prints how often, and when."""
+    """A run that saves after each step, killed at random moments of its training; prints how often, and when.
+
+    The moments lie in the first half of what a whole run takes here, so the first one always comes before its end.
+    """
     source, kills, in_saves = random.Random(0), 0, 0
     hear, tell = os.pipe()
+    began = [0.0]
+
+    def listen(_child: int) -> None:
+        os.read(hear, 1)
+        began[0] = time.monotonic()
+
+    in_fork(lambda: train(folder.with_name("timed"), Killer(tell=tell), save_every=1), listen)
+    half_s = (time.monotonic() - began[0]) / 2
 
     def kill(child: int) -> None:
         os.read(hear, 1)
-        time.sleep(source.uniform(0.05, 0.9))
+        time.sleep(source.uniform(0, half_s))
         os.kill(child, signal.SIGKILL)
 
     while in_fork(lambda: train(folder, Killer(tell=tell), save_every=1, resume="auto"), kill):
