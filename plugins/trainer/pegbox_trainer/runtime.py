@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,7 +67,7 @@ def build_runtime(ctx: Context) -> ProcessRuntime:
         # A second run in a process: accelerate remembers the first one, whose process group is gone.
         distributed.init_process_group(state.backend)
     if alone and distributed.is_initialized():
-        ctx.exit.callback(state.destroy_process_group)
+        ctx.exit.push(partial(_leave, state))
     runtime = ProcessRuntime(state)
     _check(runtime, config)
     if config.deterministic:
@@ -90,6 +91,13 @@ def _check(runtime: ProcessRuntime, config: TrainerConfig) -> None:
             "Each would train alone and write the same folder.",
             "Set trainer.device=cpu, or start one process.",
         )
+
+
+def _leave(state: PartialState, failed: type[BaseException] | None, *_: object) -> None:
+    """Leave the process group, all processes together; after an error nobody is waited for: another may be gone."""
+    if failed is None:
+        distributed.barrier()
+    state.destroy_process_group()
 
 
 def seed_process(rng: Rng) -> None:
