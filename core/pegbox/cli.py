@@ -81,6 +81,9 @@ def run(
         if _rank() == 0:
             typer.echo(f"Interrupted after step {outcome.step}; {where}. Go on with resume=auto.", err=True)
         raise typer.Exit(1)
+    # Threads of a process group may outlive Python's shutdown and abort a process that is done: a worker ends at once.
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.stdout.flush() is None:
+        os._exit(0)
 
 
 @app.command()
