@@ -1,8 +1,8 @@
 """The command line. Each command imports what it needs when it is used, so that help is instant.
 
-Commands of plugins are entry points in the group `pegbox.commands` (a function with typer annotations): help lists them
-by name from metadata, and imports one only when it is called. Exit codes: 0 done, 1 the run failed, 2 the input is
-wrong.
+Commands of plugins are entry points in the group `pegbox.commands`: a function with typer annotations, or a
+`typer.Typer` with several. Help lists them by name from metadata, and imports one only when it is called. Exit codes: 0
+done, 1 the run failed, 2 the input is wrong.
 """
 
 from __future__ import annotations
@@ -34,13 +34,15 @@ class Commands(TyperGroup):
         found = None if own else discover("pegbox.commands").get(cmd_name)
         if not found:
             return own
-        entry, single = found[0], typer.Typer(**PLAIN)
-        module, _, function = entry.value.partition(":")
+        entry, (module, _, attribute) = found[0], found[0].value.partition(":")
         try:
-            single.command(cmd_name)(getattr(import_module(module), function))
+            command = getattr(import_module(module), attribute)
+            if not isinstance(command, typer.Typer):
+                command, function = typer.Typer(**PLAIN), command
+                command.command(cmd_name)(function)
         except Exception as error:
             raise fail("plugin-broken", name=cmd_name, origin=entry, problem=repr(error), value=entry.value) from error
-        return typer.main.get_command(single)
+        return typer.main.get_command(command)
 
 
 PLAIN: dict[str, Any] = {"rich_markup_mode": None, "add_completion": False, "pretty_exceptions_enable": False}

@@ -104,9 +104,8 @@ def read_sections(
             continue
         if key in active or key in installed:
             raise fail("section-of-none" if key in active else "section-inactive", key=key, origin=origin)
-        raise fail(
-            "unknown-section", key=key, origin=origin, hint=did_you_mean(key, [*CORE_KEYS, *installed], "Known:")
-        )
+        hint = did_you_mean(key, [*CORE_KEYS, *installed], "Known:")
+        raise fail("unknown-section", key=key, origin=origin, hint=hint)
     return {name: validate(schema, layer.data.get(name), layer, (name,)) for name, schema in schemas.items()}
 
 
@@ -131,9 +130,8 @@ def _explain(schema: type[BaseModel], detail: Any, layer: Layer, at: KeyPath) ->
     origin, (fields, doc) = layer.origin(path), _fields_at(schema, loc)
     if detail["type"] == "extra_forbidden":
         place = f"section '{dotted(path[:-1])}'" if len(path) > 1 else "the config"
-        return fail(
-            "unknown-key", key=loc[-1], place=place, origin=origin, hint=did_you_mean(loc[-1], fields, "Known:")
-        )
+        hint = did_you_mean(loc[-1], fields, "Known:")
+        return fail("unknown-key", key=loc[-1], place=place, origin=origin, hint=hint)
     if detail["type"] == "missing":
         return fail("key-missing", key=dotted((*path, loc[-1])), origin=origin, doc=doc)
     if detail["type"] == "value_error":

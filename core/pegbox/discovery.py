@@ -60,8 +60,8 @@ def discover(group: str = GROUP) -> dict[str, list[Installed]]:
         first = {"Name": distribution, "Version": "?", **{key: text for key, _, text in fields}}
         requires = tuple(text for key, _, text in reversed(fields) if key == "Requires-Dist")
         for name, _, value in (line.partition("=") for line in lines):
-            described = (first["Name"], first["Version"], requires)
-            found.setdefault(name.strip(), []).append(Installed(name.strip(), value.strip(), *described))
+            plugin = Installed(name.strip(), value.strip(), first["Name"], first["Version"], requires)
+            found.setdefault(plugin.name, []).append(plugin)
     return found
 
 

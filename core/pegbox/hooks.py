@@ -64,20 +64,21 @@ def register_items() -> Sequence[t.Item]:
     """
 
 
-def build_runtime(ctx: Context) -> t.Runtime:
-    """Make the process group and choose the device. The kernel compares the plan's digest over all ranks next."""
-
-
 def load_processor(ctx: Context) -> t.Processor:
     """Load the tokenizer, and the image and audio parts where a model has them."""
 
 
-def build_dataset(ctx: Context, processor: t.Processor, split: t.Split) -> t.Examples | None:
+def build_dataset(ctx: Context, processor: t.Processor, split: t.Split) -> t.Dataset | None:
     """Make the tokenized rows of one split, or None if the config names no data for it.
 
-    Filtering, mixing and packing are wrappers: each receives the rows and returns its own view of them. A wrapper
-    passes None on.
+    Rows are made before there is a process group, so that no process waits in a collective for another that tokenizes:
+    `ctx.runtime` is not there yet. Filtering, mixing and packing are wrappers: each receives the rows and returns its
+    own view of them. A wrapper passes None on.
     """
+
+
+def build_runtime(ctx: Context) -> t.Runtime:
+    """Make the process group and choose the device. The kernel compares the plan's digest over all ranks next."""
 
 
 def configure_model(ctx: Context) -> t.ModelOptions:
@@ -108,7 +109,7 @@ def build_loss(ctx: Context, model: t.Model) -> t.Loss:
     """Make the loss: terms with counts, computed from what the one forward of the loop returned."""
 
 
-def build_batches(ctx: Context, model: t.Model, dataset: t.Examples) -> t.BatchSource:
+def build_batches(ctx: Context, model: t.Model, dataset: t.Dataset) -> t.BatchSource:
     """Make the batches of a split from its examples; for online methods, rollouts as batches."""
 
 

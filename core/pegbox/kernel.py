@@ -32,7 +32,6 @@ R = TypeVar("R")
 
 OWNED = [name for name in SPECS if hooks.semantics(name) == "own"]
 PER_FORMAT = {"load_model": "model_format", "export_model": "export_format"}
-MAY_ANSWER_NONE = ("build_dataset",)
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,7 @@ class Kernel:
             asked = [i for i in self.implementations(hook) if i.wrapper or i.plugin == owner.name]
             self._blame(error, hook, asked)
             raise
-        if answer is None and hook not in MAY_ANSWER_NONE:
+        if answer is None and hook != "build_dataset":
             raise fail("hook-none", plugin=owner, hook=hook)
         split = getattr(arguments.get("dataset"), "split", arguments.get("split", "train"))
         if isinstance(answer, Stateful) and split == "train":

@@ -67,8 +67,7 @@ class Plan:
     def agree(self, runtime: Runtime) -> None:
         """Raise unless all ranks hold this plan."""
         digests = runtime.gather_objects(self.digest())
-        if len(set(digests)) > 1:
-            other = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        if other := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
             raise fail("ranks-disagree", ranks=other)
 
 

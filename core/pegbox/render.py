@@ -1,13 +1,14 @@
-"""What the command line shows: the plan and the installed plugins; rich on a terminal, plain columns elsewhere."""
+"""What the command line shows: the plan and the installed plugins, in plain columns."""
 
 from __future__ import annotations
 
 import json
 import logging
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
+
+import typer
 
 from pegbox.context import Context
 from pegbox.plan import Plan
@@ -26,7 +27,7 @@ def show(plan: Plan, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(plan.to_json(), indent=1, default=str))
     else:
-        _print_tables(list(_tables(plan)))
+        _print_tables(_tables(plan))
 
 
 def show_short(ctx: Context) -> None:
@@ -64,20 +65,11 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else f"{value:,}" if type(value) is int else json.dumps(value, default=str)
 
 
-def _print_tables(tables: Sequence[Table]) -> None:
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table as RichTable
-
-        for title, heads, rows in tables:
-            table = RichTable(*heads, title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-            for row in rows:
-                table.add_row(*row)
-            Console().print(table, "", markup=False)
-        return
+def _print_tables(tables: Iterable[Table]) -> None:
     for title, heads, rows in tables:
         widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
-        print(title)
+        typer.echo(typer.style(title, bold=True))
         for row in [heads, *rows]:
-            print(" ", "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-        print()
+            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+            typer.echo(f"  {'  '.join(cells)}".rstrip())
+        typer.echo()

@@ -29,14 +29,14 @@ def execute(ctx: Context) -> Outcome:
 
 def _story(ctx: Context) -> Outcome:
     claim(ctx.folder, ctx.config.run.resume)
-    ctx.runtime = ctx.call(hooks.build_runtime, ctx)
-    ctx.plan.agree(ctx.runtime)
-
     ctx.processor = ctx.call(hooks.load_processor, ctx)
     train = ctx.call(hooks.build_dataset, ctx, ctx.processor, "train")
     if train is None:
         raise fail("no-train-data", owner=ctx.kernel.owners("build_dataset")[""])
     held_out = ctx.call(hooks.build_dataset, ctx, ctx.processor, "eval")
+
+    ctx.runtime = ctx.call(hooks.build_runtime, ctx)
+    ctx.plan.agree(ctx.runtime)
 
     model = prepare_model(ctx, model_request(ctx))
     loss = ctx.call(hooks.build_loss, ctx, model)

@@ -6,9 +6,8 @@ Shape suffixes of tensor names:
     H  hidden size                V  vocabulary                    S  document borders of a packed micro-batch
     R  rollouts
 
-Conventions. `targets_BT[b, t]` is the token after position t, or -100 where nothing is trained; the last token of a
-document is never trained. `trained_N` holds the flat indices b * T + t of the trained positions, ascending, computed
-where the batch is made, so that a head touches only what is trained and no device has to be asked how many there are.
+`targets_BT[b, t]` is the token after position t, or -100 where nothing is trained; the last token of a document is never
+trained. `trained_N` holds the flat indices b * T + t of the trained positions, ascending: no device has to be asked.
 """
 
 from __future__ import annotations
@@ -57,14 +56,11 @@ class ConfigSection(Record):
 
 
 class Item(Record):
-    """A named thing of an open kind that other plugins may look up with `ctx.items(kind)`.
+    """A named thing of an open kind that other plugins may look up with `ctx.items(kind)`; `doc` is one sentence.
 
-    Attributes:
-        kind: `format`, `source`, `template`, `optimizer`, `schedule`, `reward`, `health_rule`, `model_format`,
-            `export_format`, or a kind that a plugin defines.
-        name: what the config calls it.
-        target: the object, or `"package.module:attribute"`, imported on use.
-        doc: one sentence.
+    Kinds: `format`, `source`, `template`, `optimizer`, `schedule`, `reward`, `health_rule`, `model_format`,
+    `export_format`, or one that a plugin defines. `target` is the object, or `"package.module:attribute"`, imported on
+    use.
     """
 
     kind: str
@@ -90,10 +86,7 @@ class Runtime(Protocol):
 
 
 class Processor(Record):
-    """The tokenizer of a model, and other parts (image, audio) by name.
-
-    `fingerprint` identifies everything that changes token ids: vocabulary, merges, added tokens, template.
-    """
+    """The tokenizer of a model, other parts (image, audio) by name, and what identifies all that changes token ids."""
 
     tokenizer: PreTrainedTokenizerBase
     pad_id: int
@@ -102,13 +95,10 @@ class Processor(Record):
 
 
 class Example(Record):
-    """One tokenized row.
+    """One tokenized row of T tokens, and columns of its source row by name.
 
-    Attributes:
-        input_ids: token ids, length T.
-        labels: length T, unshifted: `labels[t]` is `input_ids[t]` where token t is trained, else -100.
-        documents: lengths of the documents packed into this row, summing to T; empty: the row is one document.
-        columns: columns of the source row, by name.
+    Labels are not shifted: `labels[t]` is `input_ids[t]` where token t is trained, else -100. `documents` are lengths of
+    the documents packed into this row, summing to T; empty: the row is one document.
     """
 
     input_ids: Sequence[int]
@@ -127,6 +117,28 @@ class Examples(Protocol):
     def __getitem__(self, index: int) -> Example: ...
     def describe(self, index: int) -> str:
         """Where row `index` came from, for messages: `data/train.jsonl:17`."""
+
+
+@runtime_checkable
+class PackedExamples(Examples, Protocol):
+    """Examples of which several share a row of a batch: the owner of `build_batches` joins those of a bin."""
+
+    def bins(self, order: Sequence[int]) -> Sequence[Sequence[int]]:
+        """The rows of `order`, each in exactly one bin; a function of `order` and nothing else."""
+
+
+@runtime_checkable
+class ExampleStream(Stateful, Protocol):
+    """Rows that do not fit in memory, the same on every rank. Its state is the place after those taken."""
+
+    split: Split
+    fingerprint: str
+
+    def take(self, rows: int) -> Examples:
+        """The next rows, at most so many; none: the split has ended. A training split may begin anew without end."""
+
+
+Dataset = Examples | ExampleStream
 
 
 class Extra(Record):
@@ -165,11 +177,11 @@ class Batch(Record):
 class BatchSource(Stateful, Protocol):
     """Batches of one split. Iterating yields one optimizer step at a time: this rank's micro-batches of it.
 
-    A training source goes on where `load_state_dict` put it and ends when the data does; an evaluation source starts
-    anew at each iteration and yields every row once over all ranks.
+    A training source goes on where its state says and ends when the data does; one for evaluation starts anew at each
+    iteration and yields every row once over all ranks.
     """
 
-    examples: Examples
+    examples: Dataset
     """The rows it draws from."""
     total_steps: int | None
     """Optimizer steps of the whole run from step 0, as the config asks; None for an evaluation source."""
@@ -180,13 +192,14 @@ class BatchSource(Stateful, Protocol):
 
 
 class ModelOptions(Record):
-    """What plugins ask of a model before it is loaded; two values for one field are an error."""
+    """What plugins ask of a model before it is loaded. `empty`: build on meta, another process sends the weights."""
 
     dtype: str | None = None
     attention: str | None = None
     experts: str | None = None
     quantization: object | None = None
     keep_packed: tuple[str, ...] | None = None
+    empty: bool | None = None
 
 
 class ModelRequest(Record):
@@ -230,16 +243,13 @@ class Placement(Protocol):
 
 
 class Model(Record):
-    """A model in one role.
+    """A model in one role; `name` is what the config called it, `format` what it was loaded from.
 
     Attributes:
         module: the network, adapters included, never wrapped; its parameter names are the names of the run.
-        name: what the config called it.
         base: what `from_pretrained` opens to get the base model: a folder or a hub name.
-        format: the format it was loaded from.
         compute: `compute(module, batch, needs)` runs one forward and returns what was asked for.
-        traits: `causal`, `moe`, `attention_sinks`, `sliding_window`, `tied_head` ...: so that nobody asks for a model
-        type.
+        traits: `causal`, `moe`, `sliding_window`, `tied_head` ...: so that nobody asks for a model type.
         adapter: the export format of the adapter applied (`peft`), or None; without one the export format is `format`.
         placement, forward: set by `place_model`; `forward(batch, needs)` runs `compute` on the placed module.
     """
@@ -257,16 +267,15 @@ class Model(Record):
 
 
 class ModulePatch(Record):
-    """A declared change of modules, applied to instances of one model, never to a class.
+    """A declared change of modules, applied to instances of one model, never to a class, and why (one sentence).
 
     Attributes:
         slot: what is replaced: `attention`, `norm`, `mlp`, `rope`, `head`, `experts` ... One patch per module and slot.
         target: glob over fully qualified module names, e.g. `model.layers.*.self_attn`, or a predicate (name, module).
         replace: called with each matched module; returns a module (it takes the place of the old one), a plain
             callable (it becomes the instance's `forward`), or a `SeamChange`.
-        requires: traits the model must have.
+        requires: traits the model must have; `source`: paper, project or page it follows.
         after: names of plugins whose patches on the same slot this one builds upon.
-        reason: why, one sentence; `source`: paper, project or page it follows.
     """
 
     slot: str
@@ -279,10 +288,9 @@ class ModulePatch(Record):
 
 
 class SeamChange(Record):
-    """A change through a seam that a library offers, e.g. `transformers.AttentionInterface`.
+    """A change through a seam that a library offers: `holder.attribute` is set to `value`, and set back on undo.
 
-    `holder.attribute` is set to `value` and set back on undo. `calls()` counts uses of the new implementation, so that
-    the patch can prove that it acts.
+    `calls()` counts uses of the new implementation, so that the patch can prove that it acts.
     """
 
     seam: str
@@ -309,26 +317,19 @@ class LossOutput(Record):
 
 
 class Loss(Protocol):
-    """A loss never calls the model: it declares what it needs and receives it.
-
-    `counts` depends on the batch alone: the loop sums it over all micro-batches and ranks of a step before the first
-    backward. `scope = "batch"` marks losses that need a whole batch at once.
-    """
+    """A loss declares what it needs and never calls the model. `scope = "batch"`: it needs a whole batch at once."""
 
     needs: frozenset[Need]
     scope: Literal["token", "batch"]
 
     def counts(self, batch: Batch) -> Mapping[str, float]:
-        """The count of each term, by name."""
+        """The count of each term, by name; the loop sums them over a step before its first backward."""
 
     def __call__(self, batch: Batch, outputs: Outputs) -> LossOutput: ...
 
 
 class GroupOptions(Record):
-    """What parameters whose name matches the regular expression `pattern` (searched) get: None leaves a value alone.
-
-    `learning_rate` is absolute, `learning_rate_scale` a factor on the optimizer's own.
-    """
+    """What parameters whose name matches the regular expression `pattern` (searched) get; None leaves a value alone."""
 
     pattern: str
     learning_rate: float | None = None

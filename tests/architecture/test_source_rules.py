@@ -10,7 +10,10 @@ import pytest
 
 LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 """What torchrun and accelerate set for each process: their protocol, not our configuration."""
-OTHERS = {"TRITON_INTERPRET", "CUBLAS_WORKSPACE_CONFIG", "PYDANTIC_DISABLE_PLUGINS"}
+OTHERS = {
+    *("TRITON_INTERPRET", "CUBLAS_WORKSPACE_CONFIG", "PYDANTIC_DISABLE_PLUGINS", "TOKENIZERS_PARALLELISM"),
+    *("XDG_CACHE_HOME",),
+}
 """Switches of other libraries that can be reached in no other way."""
 
 

@@ -1,1 +1,1 @@
-"""The command `pegbox chat`: talk to a run or to any model, in the terminal."""
+"""The commands `pegbox chat` (talk to a run or to any model) and `pegbox generate` (answer every row of a file)."""

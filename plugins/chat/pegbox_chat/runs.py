@@ -8,7 +8,10 @@ import yaml
 from pegbox.errors import UserError
 
 RECORD, CONFIG = "run.json", "config.yaml"
-EXPORTED = ("adapter_config.json", "config.json")
+ADAPTER = "adapter_config.json"
+EXPORTED = (ADAPTER, "config.json")
+OF_THE_BASE = ("config_overrides", "rope_scaling", "text_only")
+"""Settings of `hf` that made the base what the adapter was trained on; a whole model carries them in its own config."""
 
 
 def config_for(name: str) -> dict[str, object]:
@@ -27,7 +30,8 @@ def config_for(name: str) -> dict[str, object]:
         settings = _settings(folder)
     here = str(folder.resolve()) if folder.exists() else name
     trusted = [*settings.get("trust_remote_code", ()), here] if settings.get("trust_remote_code") else []  # type: ignore[misc]
-    return {"model": {"name": here}, "plugins": ["hf"], "hf": {"trust_remote_code": trusted}}
+    base = {key: settings[key] for key in OF_THE_BASE if settings.get(key)} if (folder / ADAPTER).is_file() else {}
+    return {"model": {"name": here}, "plugins": ["hf"], "hf": {"trust_remote_code": trusted, **base}}
 
 
 def _require_export(folder: Path) -> None:

@@ -1,25 +1,20 @@
 """A model that answers: loaded through the hooks, prompted with its chat template, streamed as it writes.
 
-Generation ends at the end tokens of the generation config and of the tokenizer, and at the token that the chat template
-puts after an answer: a model that was fine-tuned on a template ends its turn with that one, whatever its config says.
-A tokenizer without a template gives plain completion.
+Generation ends at the end tokens of the generation config and of the tokenizer, and at the token that the chat
+template puts after an answer: a model that was fine-tuned on a template ends its turn with that one, whatever its
+config says. A tokenizer without a template gives plain completion.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
 
-from pegbox import hooks
 from pegbox.errors import UserError
-from pegbox.plan import compose
-from pegbox.render import log_to_terminal
-from pegbox.types import ModelOptions, ModelRequest
 
 from pegbox_chat.dialogue import note
-from pegbox_chat.runs import config_for
+from pegbox_chat.opened import open_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,34 +122,14 @@ def open_speaker(name: str, sampling: Sampling, seed: int | None) -> Speaker:
     Raises:
         UserError: there is no such model, or the run was not exported.
     """
-    ctx = compose(config_for(name))
-    log_to_terminal(0)
+    model = open_model(name)
     import torch
-    import transformers
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.simplefilter("ignore")
-    device = best_device()
-    options = ModelOptions(dtype="float32" if device == "cpu" else None)
-    wanted = ctx.config.run.model
-    ctx.processor = ctx.call(hooks.load_processor, ctx)
-    request = ModelRequest(name=wanted.name, format=wanted.format, role="reference", options=options)
-    model = ctx.call(hooks.load_model, ctx, request)
-    if ctx.processor.tokenizer.chat_template is None:
+    if model.tokenizer.chat_template is None:
         note("The tokenizer has no chat template: the model goes on with what you type.")
     if seed is not None:
         torch.manual_seed(seed)
-    return Speaker(model.module.to(device).eval(), ctx.processor.tokenizer, ctx.processor.pad_id, sampling)
-
-
-def best_device() -> str:
-    """The accelerator if there is one. On a CPU, where half precision is emulated, models run in float32."""
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    return Speaker(model.module, model.tokenizer, model.pad_id, sampling)
 
 
 def end_ids(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

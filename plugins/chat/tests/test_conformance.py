@@ -5,3 +5,7 @@ from pegbox.testing import CommandConformance
 
 class TestChat(CommandConformance):
     command = "chat"
+
+
+class TestGenerate(CommandConformance):
+    command = "generate"

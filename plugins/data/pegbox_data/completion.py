@@ -13,9 +13,11 @@ from pegbox.errors import DataError
 from pegbox.section import Section, setting
 from pydantic import JsonValue
 
-from pegbox_data.conversation import EMPTY_TURN, Conversation
+from pegbox_data.conversation import Conversation, Wanted
+from pegbox_data.findings import Found
 from pegbox_data.formats import Rendered, Span, column
 from pegbox_data.messages import shown
+from pegbox_data.template import Talk
 
 if TYPE_CHECKING:
     from pegbox.types import Processor
@@ -27,6 +29,7 @@ class CompletionOptions(Section):
     """Options of the format `completion`."""
 
     chat_template: bool = setting(True, "Render the pair as question and answer; false joins the two as plain text.")
+    train_on_inputs: bool = setting(False, "Train the prompt too.")
     template_kwargs: dict[str, JsonValue] = setting(
         {}, "Variables for the chat template, such as `{enable_thinking: false}`."
     )
@@ -49,8 +52,9 @@ class CompletionFormat:
         def plain(row: SourceRow) -> Rendered:
             prompt, completion = pair(row)
             text = prompt + completion
-            notes = () if completion else (EMPTY_TURN,)
-            return Rendered(text, [Span(len(prompt), len(text), len(text))], bos=True, eos=True, notes=notes)
+            notes = () if completion else (Found("empty-answer"),)
+            start = 0 if options.train_on_inputs else len(prompt)
+            return Rendered(text, [Span(start, len(text), len(text))], bos=True, eos=True, notes=notes)
 
         if not options.chat_template:
             return plain
@@ -62,7 +66,7 @@ class CompletionFormat:
                 {"role": "user", "content": prompt},
                 {"role": "assistant", "content": completion},
             )
-            return conversation.render([question, answer], [1])
+            return conversation.render(Talk([question, answer]), Wanted([1], inputs=options.train_on_inputs))
 
         return templated
 

@@ -1,9 +1,9 @@
 """Text with trained spans as token ids with a mask.
 
 A text is tokenized once and whole: pieces tokenized apart would give other tokens at their borders than the
-model will see. The tokenizer reports which characters each token covers; a token is trained if it begins
-inside a span and ends by the span's limit. A token that reaches over a border belongs to neither side: it is
-not trained, and it is counted.
+model will see. Which characters a token covers is known from its bytes, or from the tokenizer; a token is
+trained if it begins inside a span and ends by the span's limit. A token that reaches over a border belongs to
+neither side: it is not trained, and it is counted.
 """
 
 from __future__ import annotations
@@ -17,13 +17,17 @@ import numpy as np
 from pegbox.errors import DataError
 from tokenizers.processors import Sequence as Processors
 
+from pegbox_data.findings import Found
+from pegbox_data.tiling import Tiling, tokens_of
+
 if TYPE_CHECKING:
     from pegbox.types import Processor
     from tokenizers import Encoding, Tokenizer
 
-    from pegbox_data.formats import Rendered, Span
+    from pegbox_data.formats import Rendered, Span, Tokens
 
-BORDER_TOKENS = "tokens reach over the border of a trained part and are not trained"
+SPARE = 0.1
+"""The share of a row's trained tokens that may be lost at borders."""
 
 
 @dataclass(slots=True)
@@ -49,7 +53,9 @@ class Encoder:
             )
         self._backend: Tokenizer = backend
         self._bos = _prefix(backend)
+        self._tiling = Tiling.of(backend)
         self._eos: int | None = tokenizer.eos_token_id
+        self._bos_id: int | None = tokenizer.bos_token_id
 
     @contextmanager
     def session(self) -> Iterator[Encoder]:
@@ -75,16 +81,19 @@ class Encoder:
                 backend.enable_truncation(**truncation)
 
     def encode(self, rows: Sequence[Rendered]) -> list[Encoded]:
-        """Tokenize rows in one batch."""
-        encodings = self._backend.encode_batch([row.text for row in rows], add_special_tokens=False)
-        return [self._row(row, encoding) for row, encoding in zip(rows, encodings, strict=True)]
+        """Tokenize rows in one batch; those that came as tokens are taken as they are."""
+        texts = [row.text for row in rows if row.tokens is None]
+        if self._tiling is None:
+            encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
+        else:
+            encodings = iter(self._backend.encode_batch_fast(texts, add_special_tokens=False))
+        return [_given(row.tokens) if row.tokens is not None else self._row(row, next(encodings)) for row in rows]
 
     def _row(self, row: Rendered, encoding: Encoding) -> Encoded:
         ids = np.array(encoding.ids, dtype=np.int32)
         trained = np.zeros(len(ids), dtype=bool)
         border_tokens = 0
-        for span in row.spans:
-            first, last, outside = _tokens(encoding, span, len(row.text))
+        for first, last, outside in self._ranges(row, ids, encoding):
             trained[first:last] = True
             border_tokens += outside
         if row.bos and self._bos and not (len(ids) and ids[0] == self._bos[0]):
@@ -97,8 +106,42 @@ class Encoder:
                     "Plain text must end with it.",
                     "Set it in tokenizer_config.json.",
                 )
-            ids, trained = np.append(ids, np.int32(self._eos)), np.append(trained, True)
+            ids, trained = np.append(ids, np.int32(self._eos)), np.append(trained, row.eos_trained)
+        if row.everywhere:
+            trained |= np.isin(ids, row.everywhere)
         return Encoded(ids, trained, border_tokens)
+
+    def _ranges(self, row: Rendered, ids: np.ndarray, encoding: Encoding) -> Iterator[tuple[int, int, int]]:
+        """For each span the range of its tokens, and how many reach over its borders."""
+        if self._tiling is not None:
+            places = self._tiling.places(ids, row.text)
+            if places is not None:
+                is_ascii = row.text.isascii()
+                yield from (tokens_of(places, span, row.text, is_ascii) for span in row.spans)
+                return
+            # The fast call reported no characters: this row's are asked for.
+            encoding = self._backend.encode(row.text, add_special_tokens=False)
+        yield from (_tokens(encoding, span, len(row.text)) for span in row.spans)
+
+    def audit(self, row: Rendered, encoded: Encoded) -> list[Found]:
+        """What is unusual about a row: what its format noted, and what its tokens show."""
+        empty = [one for one in row.notes if one.id == "no-trained-token"]
+        found = [one for one in row.notes if one.id != "no-trained-token"]
+        lost, trained = encoded.border_tokens, int(np.count_nonzero(encoded.trained))
+        if not trained:
+            seen = f"no token of this row is trained ({len(encoded.ids)} tokens)"
+            return empty or [Found("no-trained-token", seen)]
+        if lost > 1 and lost > SPARE * (lost + trained):
+            found.append(Found("span-inside-token", f"{lost} tokens reach over borders, {trained} are trained"))
+        elif lost:
+            found += [Found("border-token")] * lost
+        if self._bos_id is not None and encoded.ids[:2].tolist() == [self._bos_id] * 2:
+            found.append(Found("doubled-bos", "the row begins with two BOS tokens"))
+        return found
+
+
+def _given(tokens: Tokens) -> Encoded:
+    return Encoded(np.asarray(tokens.ids, dtype=np.int32), np.asarray(tokens.trained, dtype=bool), 0)
 
 
 def _tokens(encoding: Encoding, span: Span, length: int) -> tuple[int, int, int]:

@@ -7,16 +7,36 @@ once and whole; spans are character positions, so that a format never deals with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pegbox.errors import DataError
 
+from pegbox_data.findings import Found
+
 if TYPE_CHECKING:
     from pegbox.section import Section
     from pegbox.types import Processor
 
+TEMPLATES = "chat_templates"
+"""The part of a `Processor` that holds the built-in chat templates: Jinja text by name."""
+ELSEWHERE = {
+    "sharegpt": "chat with fields: {messages: conversations, role: from, content: value} and "
+    "options: {roles: {human: user, gpt: assistant}}",
+    "chat_template": "chat",
+    "messages": "chat",
+    "openai": "chat",
+    "alpaca_chat": "alpaca with options: {chat_template: true}",
+    "alpaca_instruct": "alpaca",
+    "alpaca_w_system": "alpaca",
+    "prompt_completion": "completion",
+    "text": "pretraining",
+    "pretrain": "pretraining",
+    "tokenized": "tokens",
+    "stepwise_supervised": "steps",
+}
+"""What formats of other trainers are here."""
 SourceRow = Mapping[str, Any]
 """A row as a source read it: column names and values."""
 
@@ -24,10 +44,9 @@ SourceRow = Mapping[str, Any]
 class Span(NamedTuple):
     """Characters that are trained.
 
-    Tokens that begin in [start, end) are trained if they end by `limit`. `limit` lies after `end` where the
-    template puts
-    whitespace after the end of a turn: that whitespace is not trained, but a tokenizer may swallow it into
-    the end-of-turn token.
+    Tokens that begin in [start, end) are trained if they end by `limit`. `limit` lies after `end` where the template
+    puts whitespace after the end of a turn: that whitespace is not trained, but a tokenizer may swallow it into the
+    end-of-turn token.
     """
 
     start: int
@@ -43,15 +62,29 @@ class Rendered:
         text: everything the model sees, special tokens included.
         spans: what is trained, in order, not overlapping.
         bos: put the tokenizer's own prefix (usually BOS) before the text; templates write it themselves.
-        eos: put the EOS token after the text; it is trained.
-        notes: what is unusual about the row but no error; counted and printed.
+        eos: put the EOS token after the text; `eos_trained`: it is trained.
+        notes: what the audit found; counted and printed, or an error.
+        everywhere: ids of tokens that are trained wherever they stand.
+        tokens: the row is tokenized already; there is no text and no span.
+        split: if the row is longer than allowed, it is cut into several rows rather than dropped.
     """
 
     text: str
     spans: list[Span]
     bos: bool = False
     eos: bool = False
-    notes: tuple[str, ...] = ()
+    eos_trained: bool = True
+    notes: tuple[Found, ...] = ()
+    everywhere: tuple[int, ...] = ()
+    tokens: Tokens | None = None
+    split: bool = False
+
+
+class Tokens(NamedTuple):
+    """A row that came as tokens: ids, and whether each is trained; both of length T."""
+
+    ids: Sequence[int]
+    trained: Sequence[bool]
 
 
 Renderer = Callable[[SourceRow], Rendered]

@@ -1,70 +1,137 @@
-"""Sources: how files become rows, each with the line it came from.
+"""Sources: how files become rows, each with the line it came from and the place behind it.
 
-A source is an `Item` of kind `source`; its target has the attributes of `Source`. A row that cannot be read
-is an entry with an error, not an exception, so that the caller can count all bad rows and name the first.
+A source is an `Item` of kind `source`; its target has the attributes of `FileSource`, or of `PartSource` if its rows
+do not lie in files. A row that cannot be read is an entry with an error, not an exception, so that the caller can
+count all bad rows and name the first.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from pegbox.errors import DataError
+from pegbox.section import Section, setting
+
+if TYPE_CHECKING:
+    from pegbox_data.config import DatasetEntry
+    from pegbox_data.files import DataFile, DigestMemo
+
+
+class Place(NamedTuple):
+    """Where reading goes on: `offset` in the source's own unit (bytes or rows), `line` lines or rows before it."""
+
+    offset: int = 0
+    line: int = 0
+    token: str = ""
+    """What else a source must know to go on, if anything; JSON."""
+
+
+START = Place()
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One row of a file: its line (or row number, from 1) and its columns, or why it cannot be read."""
+    """One row: its line (or row number, from 1) and its columns, or why it cannot be read; the place behind it."""
 
     line: int
     row: Mapping[str, Any] | None
     error: DataError | None = None
+    behind: Place = START
 
 
-class Source(Protocol):
+class NoOptions(Section):
+    """This source has no options."""
+
+
+class FileSource(Protocol):
     """Reads files of one kind. `suffixes` are those it is chosen by when the config does not name it."""
 
     suffixes: tuple[str, ...]
+    options: type[Section]
 
-    def read(self, path: Path) -> Iterator[Entry]:
-        """The rows in order. Raises `DataError` for a file that is no such file at all."""
+    def read(self, file: DataFile, options: Any, start: Place) -> Iterator[Entry]:
+        """The rows in order, from `start` on. Raises `DataError` for a file that is no such file at all."""
+
+
+class Part(Protocol):
+    """Rows that belong together: those of one file, or of one dataset.
+
+    Attributes:
+        name: what messages call it.
+        is_small: its rows are not worth keeping between runs.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def is_small(self) -> bool: ...
+
+    def read(self, start: Place = START) -> Iterator[Entry]:
+        """The rows in order, from `start` on."""
+
+    def identity(self, memo: DigestMemo) -> object:
+        """What the rows depend on, as plain data: the content, not where it lies."""
+
+    def sketch(self) -> object:
+        """The same as far as it can be told without reading everything."""
+
+
+class PartSource(Protocol):
+    """Makes rows that do not lie in files; `path` and the other keys of the entry mean what it says they mean."""
+
+    options: type[Section]
+
+    def parts(self, entry: DatasetEntry, options: Any, streaming: bool) -> Sequence[Part]:
+        """The rows of an entry."""
 
 
 class JsonLines:
-    """One JSON object per line; blank lines are skipped."""
+    """One JSON object per line; blank lines are skipped. Places are bytes."""
 
     suffixes: ClassVar[tuple[str, ...]] = (".jsonl", ".ndjson")
+    options = NoOptions
 
-    def read(self, path: Path) -> Iterator[Entry]:
-        with path.open("rb") as file:
-            for line, raw in enumerate(file, 1):
+    def read(self, file: DataFile, options: Section, start: Place = START) -> Iterator[Entry]:
+        with file.open(start.offset) as opened:
+            at, decode = start.offset, json.loads
+            for line, raw in enumerate(opened, start.line + 1):
+                at += len(raw)
                 text = raw[3:] if line == 1 and raw.startswith(b"\xef\xbb\xbf") else raw
                 if text.isspace() or not text:
                     continue
+                behind = Place(at, line)
                 try:
-                    row = json.loads(text)
+                    row = decode(text)
                 except UnicodeDecodeError as error:
-                    yield Entry(line, None, _no_utf8(error))
+                    yield Entry(line, None, no_utf8(error), behind)
                 except ValueError as error:
-                    yield Entry(line, None, _no_json(error))
+                    yield Entry(line, None, _no_json(error), behind)
                 else:
-                    yield _object(line, row)
+                    yield _object(line, row, behind)
 
 
 class JsonArray:
-    """One array of JSON objects."""
+    """One array of JSON objects. Places are rows; the file is read whole."""
 
     suffixes: ClassVar[tuple[str, ...]] = (".json",)
+    options = NoOptions
 
-    def read(self, path: Path) -> Iterator[Entry]:
+    def read(self, file: DataFile, options: Section, start: Place = START) -> Iterator[Entry]:
+        for number, entry in enumerate(self._entries(file)):
+            if number >= start.offset:
+                yield Entry(entry.line, entry.row, entry.error, Place(number + 1, number + 1))
+
+    def _entries(self, file: DataFile) -> Iterator[Entry]:
         try:
-            text = path.read_text(encoding="utf-8-sig")
+            with file.open() as opened:
+                text = opened.read().decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise _no_utf8(error) from error
+            raise no_utf8(error) from error
         decoder, line, at = json.JSONDecoder(), 1, _skip(text, 0)
         if at == len(text):
             return
@@ -82,7 +149,7 @@ class JsonArray:
             except ValueError as error:
                 yield Entry(line, None, _no_json(error))
                 return
-            yield _object(line, row)
+            yield _object(line, row, START)
             at = _skip(text, at)
             if text[at : at + 1] not in (",", "]"):
                 line += text.count("\n", counted, at)
@@ -96,13 +163,19 @@ class JsonArray:
 
 
 class Csv:
-    """Comma-separated values with a header line. Every value is a string."""
+    """Comma-separated values with a header line. Every value is a string. Places are rows."""
 
-    suffixes: ClassVar[tuple[str, ...]] = (".csv",)
+    suffixes: ClassVar[tuple[str, ...]] = (".csv", ".tsv")
+    options = NoOptions
 
-    def read(self, path: Path) -> Iterator[Entry]:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
+    def read(self, file: DataFile, options: Section, start: Place = START) -> Iterator[Entry]:
+        for number, entry in enumerate(self._entries(file)):
+            if number >= start.offset:
+                yield Entry(entry.line, entry.row, entry.error, Place(number + 1, number + 1))
+
+    def _entries(self, file: DataFile) -> Iterator[Entry]:
+        with io.TextIOWrapper(file.open(), encoding="utf-8-sig", newline="") as opened:
+            reader = csv.reader(opened, strict=True, delimiter="\t" if file.plain_name.endswith(".tsv") else ",")
             line = 1
             try:
                 header = next(reader, [])
@@ -118,7 +191,7 @@ class Csv:
                         yield self._entry(line, header, cells)
                     line = reader.line_num + 1
             except UnicodeDecodeError as error:
-                raise _no_utf8(error) from error
+                raise no_utf8(error) from error
             except csv.Error as error:
                 yield Entry(line, None, DataError("no valid CSV", f"The parser says: {error}.", "Check its quotes."))
 
@@ -133,41 +206,43 @@ class Csv:
         return Entry(line, dict(zip(header, cells, strict=True)))
 
 
-class Parquet:
-    """Apache Parquet, read in batches with pyarrow."""
+class TextOptions(Section):
+    """Options of the source `text`."""
 
-    suffixes: ClassVar[tuple[str, ...]] = (".parquet",)
-
-    def read(self, path: Path) -> Iterator[Entry]:
-        try:
-            from pyarrow import ArrowInvalid
-            from pyarrow.parquet import ParquetFile
-        except ImportError as error:
-            raise DataError(
-                "pyarrow is not installed",
-                "Parquet files are read with it.",
-                "Type: pip install 'pegbox-data[parquet]'",
-            ) from error
-        try:
-            file = ParquetFile(path)
-        except ArrowInvalid as error:
-            raise DataError(
-                "no valid Parquet", f"pyarrow says: {error}", "Write the file again, or set its source."
-            ) from error
-        number = 0
-        for batch in file.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield Entry(number, row)
+    rows: Literal["line", "file"] = setting("line", "What a row is: each line that is not blank, or the whole file.")
+    column: str = setting("text", "Name of the column that holds the text.", min_length=1)
 
 
-jsonl, json_array, comma_separated, parquet = JsonLines(), JsonArray(), Csv(), Parquet()
+class Text:
+    """Plain text. Places are bytes."""
+
+    suffixes: ClassVar[tuple[str, ...]] = (".txt", ".text", ".md")
+    options = TextOptions
+
+    def read(self, file: DataFile, options: TextOptions, start: Place = START) -> Iterator[Entry]:
+        with file.open(start.offset) as opened:
+            at = start.offset
+            pieces = opened if options.rows == "line" else filter(None, [opened.read()])
+            for line, raw in enumerate(pieces, start.line + 1):
+                at += len(raw)
+                try:
+                    text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    yield Entry(line, None, no_utf8(error), Place(at, line))
+                    continue
+                text = text.rstrip("\r\n") if options.rows == "line" else text
+                if text.strip():
+                    yield Entry(line, {options.column: text}, None, Place(at, line))
 
 
-def _object(line: int, row: Any) -> Entry:
+jsonl, json_array, comma_separated, text = JsonLines(), JsonArray(), Csv(), Text()
+
+
+def _object(line: int, row: Any, behind: Place) -> Entry:
     if isinstance(row, dict):
-        return Entry(line, row)
-    return Entry(line, None, DataError(f"the row is {row!r:.60}", "A row is a JSON object.", "Write it as {...}."))
+        return Entry(line, row, None, behind)
+    error = DataError(f"the row is {row!r:.60}", "A row is a JSON object.", "Write it as {...}.")
+    return Entry(line, None, error, behind)
 
 
 def _skip(text: str, at: int) -> int:
@@ -183,7 +258,8 @@ def _no_json(error: ValueError) -> DataError:
     return DataError(f"no valid JSON{where}", f"The parser says: {what}.", "Correct the row or remove it.")
 
 
-def _no_utf8(error: UnicodeDecodeError) -> DataError:
+def no_utf8(error: UnicodeDecodeError) -> DataError:
+    """The error for text that is not UTF-8."""
     return DataError(
         f"no valid UTF-8: byte 0x{error.object[error.start]:02x}",
         "Text files are read as UTF-8.",

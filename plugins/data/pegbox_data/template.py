@@ -13,7 +13,8 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -25,6 +26,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = Mapping[str, Any]
+
+EXACT = "generation blocks are exact"
+"""A template whose comment says so has one block for each assistant message: from where the generation prompt ends to
+the end of the turn. Its blocks are the mask, and no further rendering is needed."""
+
+
+class Talk(NamedTuple):
+    """What a template renders: messages, the tools they may call, and variables of this row alone."""
+
+    messages: Sequence[Message]
+    tools: object = None
+    variables: Mapping[str, object] = MappingProxyType({})
+
+    def first(self, count: int) -> Talk:
+        """The same with the first so many messages."""
+        return self._replace(messages=self.messages[:count])
 
 
 class RenderError(Exception):
@@ -59,6 +76,10 @@ class ChatTemplate:
         text: the Jinja source.
         name: what messages call it.
         variables: special tokens and other variables that every rendering gets.
+
+    Attributes:
+        gaps: texts between the contents of two messages, with their roles, in which it was proven after how many
+            characters the turn of the first one ends.
     """
 
     def __init__(self, text: str, name: str, variables: Mapping[str, object]) -> None:
@@ -73,6 +94,8 @@ class ChatTemplate:
         self._tag: GenerationTag = environment.extensions[GenerationTag.identifier]  # type: ignore[assignment]
         self._template = environment.from_string(text)
         self.has_markers = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", text) is not None
+        self.exact = self.has_markers and EXACT in text
+        self.gaps: dict[object, int] = {}
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, object]) -> ChatTemplate | None:
@@ -85,32 +108,33 @@ class ChatTemplate:
         name = tokenizer.name_or_path or type(tokenizer).__name__
         return cls(text, f"the chat template of {name}", {**tokenizer.special_tokens_map, **variables})
 
-    def render(self, messages: Sequence[Message], tools: object = None, prompt: bool = False) -> str:
+    def render(self, talk: Talk, prompt: bool = False) -> str:
         """The text of a conversation; with `prompt` followed by what invites the assistant to speak."""
-        return "".join(self._pieces(messages, tools, prompt))
+        return "".join(self._pieces(talk, prompt))
 
-    def render_marked(self, messages: Sequence[Message], tools: object = None) -> tuple[str, list[tuple[int, int]]]:
+    def render_marked(self, talk: Talk) -> tuple[str, list[tuple[int, int]]]:
         """The text of a conversation, and the character ranges of its `{% generation %}` blocks.
 
         No ranges if one of them cannot be told, as in a template that collects its output in a macro first.
         """
         self._tag.blocks = []
         self._tag.pieces = pieces = []
-        for piece in self._pieces(messages, tools, prompt=False):
+        for piece in self._pieces(talk, prompt=False):
             pieces.append(piece)
         text = "".join(pieces)
         ranges = [(start, start + len(block)) for start, block in self._tag.blocks]
         certain = all(text.startswith(block, start) for start, block in self._tag.blocks)
         return text, ranges if certain else []
 
-    def _pieces(self, messages: Sequence[Message], tools: object, prompt: bool) -> Any:
+    def _pieces(self, talk: Talk, prompt: bool) -> Any:
         context = self._template.new_context(
             {
-                "messages": messages,
-                "tools": tools,
+                "messages": talk.messages,
+                "tools": talk.tools,
                 "documents": None,
                 "add_generation_prompt": prompt,
                 **self._variables,
+                **talk.variables,
             }
         )
         try:

@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 from pegbox import hooks
 from pegbox.context import Context
+from pegbox.events import RunStarted
 from pegbox.plan import compose
 from pegbox.types import Examples, Processor, Split
 from pegbox_data.chat import ChatOptions, chat
 from pegbox_data.encoding import Encoder
-from pegbox_data.formats import Renderer
+from pegbox_data.findings import Found
+from pegbox_data.formats import TEMPLATES, Renderer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -75,7 +77,9 @@ def trl_template(name: str) -> str:
 
 
 def processor_of(tokenizer: PreTrainedTokenizerBase) -> Processor:
-    return Processor(tokenizer=tokenizer, pad_id=0, fingerprint=f"test-{tokenizer.chat_template}")
+    """With the built-in templates that a test put into `tokenizer.twins`."""
+    parts = {TEMPLATES: tokenizer.twins} if hasattr(tokenizer, "twins") else {}
+    return Processor(tokenizer=tokenizer, pad_id=0, fingerprint=f"test-{tokenizer.chat_template}", parts=parts)
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class Trained:
     mask: np.ndarray
     border_tokens: int
     tokenizer: PreTrainedTokenizerBase
-    notes: tuple[str, ...] = ()
+    notes: tuple[Found, ...] = ()
 
     @property
     def words(self) -> str:
@@ -102,14 +106,19 @@ def opened(tokenizer: PreTrainedTokenizerBase, template: str, options: str) -> R
 
 
 def train_mask(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], tools: Any = None, **options: Any
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, Any]],
+    tools: Any = None,
+    columns: Any = None,
+    **options: Any,
 ) -> Trained:
     """Render and tokenize one conversation as the format `chat` does."""
-    row = {"messages": messages, **({"tools": tools} if tools else {})}
+    row = {"messages": messages, **({"tools": tools} if tools else {}), **(columns or {})}
     rendered = opened(tokenizer, str(tokenizer.chat_template), json.dumps(options))(row)
     with Encoder(processor_of(tokenizer)).session() as encoder:
         (encoded,) = encoder.encode([rendered])
-    return Trained(rendered.text, encoded.ids, encoded.trained, encoded.border_tokens, tokenizer, rendered.notes)
+        found = tuple(encoder.audit(rendered, encoded))
+    return Trained(rendered.text, encoded.ids, encoded.trained, encoded.border_tokens, tokenizer, found)
 
 
 @dataclass(frozen=True)
@@ -141,9 +150,7 @@ class Workspace:
         config = self.folder / "config.yaml"
         head = f"model: {{name: none}}\nplugins: [{names}]\nseed: {seed}\noutput: {self.folder}/run\n"
         config.write_text(f"{head}data: {section}\n")
-        ctx = compose(config, instances=plugins)
-        ctx.runtime = OneProcess()  # type: ignore[assignment]
-        return ctx
+        return compose(config, instances=plugins)
 
     def examples(
         self,
@@ -152,9 +159,20 @@ class Workspace:
         plugins: dict[str, object] | None = None,
         seed: int = 0,
     ) -> Any:
-        """The rows of one split."""
+        """The rows of one split. They are built before there is a runtime; what became of them is told afterwards."""
         ctx = self.context(data, plugins, seed)
-        return ctx.call(hooks.build_dataset, ctx, processor_of(self.tokenizer), split)
+        rows = ctx.call(hooks.build_dataset, ctx, processor_of(self.tokenizer), split)
+        self.start(ctx)
+        return rows
+
+    def processor(self) -> Processor:
+        """The small tokenizer, as `load_processor` would give it."""
+        return processor_of(self.tokenizer)
+
+    def start(self, ctx: Context, rank: int = 0) -> None:
+        """Tell the plugins that the run starts."""
+        ctx.runtime = OneProcess(rank)  # type: ignore[assignment]
+        ctx.notify(RunStarted(job=None, step=0))  # type: ignore[arg-type]
 
     def words(self, examples: Examples) -> list[str]:
         """The trained tokens of each row, decoded."""
@@ -167,16 +185,17 @@ class Workspace:
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
     return Workspace(tmp_path)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tokenizer_with() -> Callable[[str | None], PreTrainedTokenizerFast]:
     """Makes the small tokenizer with a template."""
     return tiny_tokenizer
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tokenizer_of() -> Callable[[str], PreTrainedTokenizerFast]:
     """Makes the small tokenizer with a template that ships with TRL, by name."""
     return tiny_tokenizer_of

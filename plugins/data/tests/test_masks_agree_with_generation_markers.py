@@ -37,7 +37,7 @@ SHAPES = {
     "code": ["a", "def f():\n    return 1\n\nprint(f())"],
 }
 GIVEN = re.compile(
-    r"<\|start\|>assistant|<think>\n*(?:</think>\n\n)?|\n*", flags=re.DOTALL
+    r"<\|start\|>assistant|<｜Assistant｜>|<think>\n*(?:</think>\n\n)?|\n*", flags=re.DOTALL
 )  # headers and openers that generation prompts hold, and whitespace
 
 

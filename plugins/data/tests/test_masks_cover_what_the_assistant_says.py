@@ -182,22 +182,56 @@ def test_text_that_imitates_an_answer_is_not_trained(chatml, masked):
 
 
 @pytest.mark.parametrize(
-    ("template", "shape"), [("qwen3", "two turns"), ("gptoss", "two turns"), ("deepseekv3", "one turn")]
+    ("template", "words", "note"),
+    [
+        ("qwen3", "Hello.<|im_end|><think>\n\n</think>\n\nIt is four.<|im_end|>", "rewritten-history"),
+        ("qwen3_5_think", "Hello.<|im_end|>\n</think>\n\nIt is four.<|im_end|>", "prompt-differs"),
+        (
+            "gptoss",
+            "<|channel|>final<|message|>Hello.<|end|><|channel|>final<|message|>It is four.<|return|>",
+            "rewritten-history",
+        ),
+        ("deepseekv3", "Hello.<｜end▁of▁sentence｜>It is four.<｜end▁of▁sentence｜>", "prompt-differs"),
+        ("glm4moe", "\n<think></think>\nHello.\n<think></think>\nIt is four.", "missing-end-of-turn"),
+    ],
 )
-def test_a_template_that_rewrites_history_is_refused_by_name(template, shape, tokenizer_of, masked):
+def test_a_template_that_rewrites_history_is_masked_and_noted(template, words, note, tokenizer_of, masked):
+    result = masked(tokenizer_of(template), SHAPES["two turns"])
+    assert result.words == words
+    assert note in [found.id for found in result.notes]
+
+
+def test_reasoning_that_the_template_hides_is_noted(tokenizer_of, masked):
+    messages = [user("a"), assistant("b", reasoning_content="hm"), user("c"), assistant("d", reasoning_content="so")]
+    result = masked(tokenizer_of("qwen3"), messages)
+    assert result.words == "b<|im_end|><think>\nso\n</think>\n\nd<|im_end|>"
+    assert [found.id for found in result.notes].count("hidden-reasoning") == 1
+
+
+def test_what_cannot_be_told_for_certain_is_refused_by_name(tokenizer_of, masked):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    messages = [
+        user("a"),
+        assistant("", tool_calls=[call], reasoning_content="hm"),
+        {"role": "tool", "content": "2"},
+        assistant("two"),
+    ]
     with pytest.raises(DataError) as refused:
-        masked(tokenizer_of(template), SHAPES[shape])
-    assert f"the chat template of models/{template} renders message 2 differently" in refused.value.what
+        masked(tokenizer_of("gptoss"), messages)
+    assert "the chat template of models/gptoss renders message 2 differently" in refused.value.what
     assert "{% generation %}" in refused.value.why
+    assert "Add templates to plugins" in refused.value.next
     assert "turns: last" in refused.value.next
 
 
 @pytest.mark.parametrize("template", ["smolvlm", "idefics3"])
-def test_a_template_that_loses_the_content_is_refused(template, tokenizer_of, masked):
-    with pytest.raises(DataError, match="leaves out the content of message 2"):
-        masked(tokenizer_of(template), SHAPES["one turn"])
+def test_a_template_that_loses_the_content_is_found_out(template, tokenizer_of, masked):
+    found = [note for note in masked(tokenizer_of(template), SHAPES["one turn"]).notes if note.id == "vanished-turn"]
+    assert any("leaves out the content of message 2 (assistant)" in note.detail for note in found)
 
 
-def test_an_answer_without_end_of_turn_is_noted(tokenizer_of, masked):
-    assert any("no end-of-turn" in note for note in masked(tokenizer_of("glm4moe"), SHAPES["one turn"]).notes)
+def test_an_answer_without_end_of_turn_is_found_out(tokenizer_of, masked):
+    notes = masked(tokenizer_of("glm4moe"), SHAPES["one turn"]).notes
+    assert [note.id for note in notes] == ["missing-end-of-turn"]
     assert masked(tokenizer_of("qwen2_5"), SHAPES["one turn"]).notes == ()
+    assert masked(tokenizer_of("glm4moe"), SHAPES["one turn"], train_end_of_turn="none").notes == ()

@@ -11,7 +11,7 @@ from pegbox.hooks import hookimpl
 from pegbox.section import Section, setting
 from pegbox.types import Item
 from pegbox_data.formats import Rendered, Span
-from pegbox_data.sources import Entry
+from pegbox_data.sources import Entry, NoOptions, Place
 
 
 class ShoutOptions(Section):
@@ -41,9 +41,13 @@ class WordList:
 
     suffixes: ClassVar[tuple[str, ...]] = (".words",)
 
-    def read(self, path):
-        for line, word in enumerate(path.read_text().splitlines(), 1):
-            yield Entry(line, {"word": word})
+    options = NoOptions
+
+    def read(self, file, options, start):
+        with file.open() as opened:
+            for line, word in enumerate(opened.read().decode().splitlines(), 1):
+                if line > start.line:
+                    yield Entry(line, {"word": word}, behind=Place(line, line))
 
 
 class ShoutPlugin:

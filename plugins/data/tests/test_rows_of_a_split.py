@@ -61,17 +61,18 @@ def test_the_summary_counts_rows_tokens_and_trained_tokens(workspace, said):
     assert "rows.jsonl: 1 trained messages are empty (first: line 2)" in said()
 
 
-def test_only_rank_0_reports(workspace, said):
+def test_only_rank_0_reports_and_not_before_the_run_starts(workspace, said):
     from pegbox import hooks
-
-    workspace.write("rows.jsonl", [conversation("a")])
-    ctx = workspace.context("{train: [{path: rows.jsonl}]}")
-    ctx.runtime.__dict__["rank"] = 1
     from pegbox.types import Processor
 
+    workspace.write("rows.jsonl", [conversation("a")])
     processor = Processor(tokenizer=workspace.tokenizer, pad_id=0, fingerprint="")
-    assert len(ctx.call(hooks.build_dataset, ctx, processor, "train")) == 1
-    assert said() == ""
+    for rank in (1, 0):
+        ctx = workspace.context("{train: [{path: rows.jsonl}]}")
+        assert len(ctx.call(hooks.build_dataset, ctx, processor, "train")) == 1
+        assert said() == ""
+        workspace.start(ctx, rank)
+    assert "train: 1 rows" in said()
 
 
 def held_out(workspace, data, seed=0):

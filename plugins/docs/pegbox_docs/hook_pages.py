@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from pegbox import hooks
 from pegbox.hooks import SPECS
-from pegbox.kernel import MAY_ANSWER_NONE, PER_FORMAT
+from pegbox.kernel import PER_FORMAT
 
 from pegbox_docs.installed import Described
 from pegbox_docs.type_pages import documented_types
@@ -50,7 +50,7 @@ def page(hook: str, plugins: Sequence[Described]) -> str:
     """The page of one hook."""
     per_format = f", for each {PER_FORMAT[hook].replace('_', ' ')}" if hook in PER_FORMAT else ""
     meaning = MEANING[hooks.semantics(hook)].format(hook=hook, per_format=per_format)
-    if hook in MAY_ANSWER_NONE:
+    if hook == "build_dataset":
         meaning += " The owner may answer None."
     parts = [
         f"# {hook}",

@@ -11,7 +11,8 @@ from pegbox.types import ConfigSection, Item
 
 if TYPE_CHECKING:
     from pegbox.context import Context
-    from pegbox.types import ExportRequest, Model, ModelRequest, Processor
+    from pegbox.hooks import Stage
+    from pegbox.types import ExportRequest, Model, ModelOptions, ModelRequest, ModulePatch, Processor
 
 FORMAT = "transformers"
 
@@ -32,15 +33,35 @@ class HfPlugin:
 
     @hookimpl
     def load_processor(self, ctx: Context) -> Processor:
+        from pegbox_hf.quiet import hush_neighbours
+
+        hush_neighbours()
         from pegbox_hf.processor import load_processor
 
         return load_processor(ctx)
+
+    @hookimpl
+    def configure_model(self, ctx: Context) -> ModelOptions:
+        from pegbox.types import ModelOptions
+
+        from pegbox_hf.config import HfConfig
+
+        return ModelOptions(attention=ctx.section(HfConfig).attention)
 
     @hookimpl
     def load_model(self, ctx: Context, request: ModelRequest) -> Model:
         from pegbox_hf.loading import load_model
 
         return load_model(ctx, request)
+
+    @hookimpl
+    def patch_modules(self, ctx: Context, model: Model, stage: Stage) -> Sequence[ModulePatch]:
+        """Nothing is replaced; once adapters are there, new tokens must be trained."""
+        if stage == "adapted":
+            from pegbox_hf.tokens import require_trained
+
+            require_trained(ctx, model)
+        return ()
 
     @hookimpl
     def export_model(self, ctx: Context, model: Model, request: ExportRequest) -> Path:

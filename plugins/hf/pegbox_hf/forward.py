@@ -3,7 +3,7 @@
 Packed rows: attention stays inside a document because positions start anew there (eager, sdpa and flex attention
 read that from `position_ids`) and because `cu_seqlens` says where documents begin (flash attention and its relatives).
 A padding mask together with packing would switch the first off, so it is left out: padding at the end of a row
-is a document of its own, and nothing looks at it.
+is a document of its own, and nothing looks at it. With the first packed batch the promise is tried (`documents`).
 
     B  rows    T  tokens    N  trained tokens    H  hidden size    V  vocabulary
 """
@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 from pegbox.errors import RunError
 from pegbox.types import Batch, Need, Outputs
 
-from pegbox_hf.attention import needs_no_mask, without_mask
+from pegbox_hf.attention import facts_of, needs_no_mask, without_mask
+from pegbox_hf.documents import crosses, crossing, document_masks, require_one_chunk, require_separable
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.nn import Module
     from transformers import PreTrainedModel
 
@@ -38,7 +40,8 @@ def compute(module: Module, batch: Batch, needs: frozenset[Need]) -> Outputs:
             outputs are empty and still hang on every parameter, as processes that train together need it.
 
     Raises:
-        RunError: an output that a causal language model does not have.
+        RunError: an output that a causal language model does not have, or packed documents that see each other.
+        UserError: rows are packed, and the model cannot keep documents apart.
     """
     unknown = needs - FROM_HEAD - FROM_TRUNK
     if unknown:
@@ -48,6 +51,8 @@ def compute(module: Module, batch: Batch, needs: frozenset[Need]) -> Outputs:
             "Use another loss, or a plugin whose model returns it.",
         )
     network = bare(module)
+    if batch.cu_seqlens_S is not None:
+        _require_documents_apart(network, batch)
     arguments = trunk_arguments(network, batch) | {"output_router_logits": "router_logits" in needs}
     if needs_no_mask(network, batch):
         with without_mask(network):
@@ -65,6 +70,29 @@ def compute(module: Module, batch: Batch, needs: frozenset[Need]) -> Outputs:
         hidden_BTH=hidden_BTH if "hidden" in needs else None,
         router_logits=_router_logits(network, returned) if "router_logits" in needs else None,
     )
+
+
+def _require_documents_apart(network: PreTrainedModel, batch: Batch) -> None:
+    """Try the network once for each attention it is used with; every rank does so with its first packed batch."""
+    facts, attention = facts_of(network), network.config._attn_implementation
+    if facts.chunk is not None:
+        require_one_chunk(network, facts.chunk, batch.input_ids_BT.shape[1])
+    if facts.packing_proven == attention:
+        return
+    require_separable(network)
+    trunk_arguments(network, batch)
+
+    def run(trial: Batch) -> Tensor:
+        return trunk(network)(**trunk_arguments(network, trial)).last_hidden_state
+
+    facts.own_masks = False
+    change = crossing(network, batch, run)
+    if change and attention in DOCUMENTS_FROM_POSITIONS:
+        facts.own_masks = True
+        change = crossing(network, batch, run)
+    if change:
+        raise crosses(network, change)
+    facts.packing_proven = attention
 
 
 def bare(module: Module) -> PreTrainedModel:
@@ -99,7 +127,9 @@ def trunk_arguments(network: PreTrainedModel, batch: Batch) -> dict[str, object]
         )
     if network.config._attn_implementation not in DOCUMENTS_FROM_POSITIONS:
         borders = {"cu_seq_lens_q": batch.cu_seqlens_S, "cu_seq_lens_k": batch.cu_seqlens_S}
-        arguments |= {**borders, "max_length_q": batch.max_seqlen, "max_length_k": batch.max_seqlen}
+        return arguments | {**borders, "max_length_q": batch.max_seqlen, "max_length_k": batch.max_seqlen}
+    if facts_of(network).own_masks:
+        arguments["attention_mask"] = document_masks(network, batch)
     return arguments
 
 

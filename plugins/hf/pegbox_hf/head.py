@@ -14,6 +14,7 @@ a callable with the arguments of `TokenHead.forward`; `TokenHead.rule` tells it 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "logits_mup_width_multiplier")
 PROBE_TOKENS = 4
+META_VOCABULARY = 64
 PROBE_SPREAD = 20.0
 """Standard deviation of the made-up logits: large enough for a soft cap to show."""
 
@@ -91,10 +93,11 @@ def find_rule(module: PreTrainedModel) -> LogitRule:
         UserError: it does something that is not known here.
     """
     projection = module.get_output_embeddings()
-    hidden_NH = _probe(projection)
-    with torch.no_grad():
-        own_NV = _own_logits(module, hidden_NH).float()
-        plain_NV = projection(hidden_NH).float()
+    with _some_weights(projection):
+        hidden_NH = _probe(projection)
+        with torch.no_grad():
+            own_NV = _own_logits(module, hidden_NH).float()
+            plain_NV = projection(hidden_NH).float()
     slack = 1e-4 if hidden_NH.dtype == torch.float32 else 2e-2
     for rule in _rules(module.config.get_text_config()):
         if torch.allclose(rule(plain_NV), own_NV, rtol=slack, atol=slack * float(own_NV.abs().max())):
@@ -104,6 +107,24 @@ def find_rule(module: PreTrainedModel) -> LogitRule:
         "Its own head and the projection alone give different logits for the same hidden states.",
         "Use another model, or a plugin that loads this one.",
     )
+
+
+@contextmanager
+def _some_weights(projection: nn.Module) -> Iterator[None]:
+    """Within it a projection without weights (on the meta device) has made-up ones, of a few tokens only."""
+    own = dict(projection.named_parameters(recurse=False))
+    if not any(weight.is_meta for weight in own.values()):
+        yield
+        return
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in own.items():
+        made = torch.randn(META_VOCABULARY, *weight.shape[1:], generator=generator)
+        setattr(projection, name, nn.Parameter(made.to(weight.dtype), requires_grad=False))
+    try:
+        yield
+    finally:
+        for name, weight in own.items():
+            setattr(projection, name, weight)
 
 
 def _rules(config: PretrainedConfig) -> Iterator[LogitRule]:
@@ -117,7 +138,8 @@ def _rules(config: PretrainedConfig) -> Iterator[LogitRule]:
 def _probe(projection: nn.Module) -> Tensor:
     weight = next(projection.parameters())
     generator = torch.Generator().manual_seed(0)
-    width = getattr(projection, "in_features", weight.shape[-1])
+    plain = weight.ndim == 2 and weight.is_floating_point() and weight.shape[1] > 1
+    width = weight.shape[1] if plain else projection.in_features  # PEFT swaps the features of a tied head's copy
     hidden_NH = torch.randn(PROBE_TOKENS, width, generator=generator).to(weight.device)
     dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
     with torch.no_grad():

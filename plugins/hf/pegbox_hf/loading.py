@@ -12,15 +12,18 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from pegbox import hooks
-from pegbox.errors import UserError
+from pegbox.errors import UserError, did_you_mean
 from pegbox.types import Model
 
+from pegbox_hf.attention import MASKLESS
 from pegbox_hf.config import HfConfig
 from pegbox_hf.forward import HEAD, compute
 from pegbox_hf.head import LogitRule, TokenHead, find_rule
 from pegbox_hf.opening import Opened, first_line, open_config
 from pegbox_hf.quiet import quiet
 from pegbox_hf.source import require_safetensors, unsafe_weights
+from pegbox_hf.text_only import load_text_part
+from pegbox_hf.tokens import grow_embeddings, resize, set_special_ids, tokenizer_of
 from pegbox_hf.traits import traits_of
 
 if TYPE_CHECKING:
@@ -30,11 +33,12 @@ if TYPE_CHECKING:
     from pegbox.types import ModelRequest
     from transformers import PreTrainedModel
 
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 SHOWN = 3
 
 
 def load_model(ctx: Context, request: ModelRequest) -> Model:
-    """Load one model for one role; with `request.meta` only its shape, on the meta device.
+    """Load one model for one role; with `request.meta` or `options.empty` only its shape, on the meta device.
 
     Raises:
         UserError: it is not there, is no causal language model, lacks weights, or an option is not supported.
@@ -48,8 +52,12 @@ def load_model(ctx: Context, request: ModelRequest) -> Model:
     with quiet(downloads=True):
         opened = open_config(ctx, request.name, request.revision, convert=not request.meta)
         _require_causal(opened, request)
+        _require_quantizable(opened, request)
         dtype = wanted_dtype(ctx, request)
-        module = _on_meta(opened, request, dtype) if request.meta else _from_weights(opened, request, dtype)
+        shape_only = request.meta or bool(request.options.empty)
+        module = _on_meta(opened, request, dtype) if shape_only else _from_weights(ctx, opened, request, dtype)
+        _require_trainable(ctx, request, module)
+        _adjust_tokens(ctx, request, module)
         rule = LogitRule() if request.meta else find_rule(module)
     module.add_module(HEAD, TokenHead(rule))
     if request.role != "policy":
@@ -61,8 +69,19 @@ def load_model(ctx: Context, request: ModelRequest) -> Model:
         format=request.format,
         compute=compute,
         role=request.role,
-        traits=traits_of(opened.config, module),
+        traits=traits_of(module.config, module),
     )
+
+
+def _adjust_tokens(ctx: Context, request: ModelRequest, module: PreTrainedModel) -> None:
+    """Make room for new tokens, and have the configs name the special ones; second models of other names stay."""
+    settings = ctx.section(HfConfig)
+    if request.name != ctx.config.run.model.name or not (settings.new_tokens or settings.special_tokens):
+        return
+    tokenizer = tokenizer_of(ctx)
+    if settings.new_tokens:
+        grow_embeddings(ctx, module, tokenizer)
+    set_special_ids(module, tokenizer, settings)
 
 
 def wanted_dtype(ctx: Context, request: ModelRequest) -> str:
@@ -94,12 +113,65 @@ def _require_causal(opened: Opened, request: ModelRequest) -> None:
         raise UserError(
             f"'{request.name}' is no causal language model (model type '{opened.config.model_type}')",
             "This loader opens models that predict the next token.",
-            "Set model.name to such a model.",
+            "Set model.name to such a model."
+            if opened.config.get_text_config() is opened.config
+            else "To train its language model alone, add to the config: hf: {text_only: true}",
         )
 
 
+def _require_trainable(ctx: Context, request: ModelRequest, module: PreTrainedModel) -> None:
+    """Raise if weights that are no floats would be trained."""
+    whole = request.role == "policy" and not ctx.owned(hooks.apply_adapters)
+    packed = [name for name, weight in module.named_parameters() if not weight.is_floating_point()] if whole else []
+    if packed:
+        raise UserError(
+            f"the weights of '{request.name}' are quantized ({packed[0]} and more), and no plugin applies adapters",
+            "Quantized weights cannot be trained; an adapter on them can.",
+            "Add lora to plugins.",
+        )
+
+
+def _require_quantizable(opened: Opened, request: ModelRequest) -> None:
+    """Raise if weights are asked to be quantized twice, or quantized ones to come from another process.
+
+    A request whose only effect is how stored quantized weights are loaded (transformers: loading attributes) may meet
+    a checkpoint of its own kind.
+    """
+    stored, asked = getattr(opened.config, "quantization_config", None), request.options.quantization
+    if (stored or asked) and request.options.empty:
+        raise UserError(
+            f"'{request.name}' is quantized, and this process is to get its weights from another one",
+            "Quantized weights come with scales that belong to no parameter.",
+            "Have every process load the weights, or remove the plugin that quantizes.",
+        )
+    if stored is not None and asked is not None:
+        method = getattr(stored, "quant_method", None) or dict(stored).get("quant_method")
+        loading: dict[str, object] = getattr(asked, "get_loading_attributes", dict)()
+        if not loading or getattr(asked, "quant_method", None) != method:
+            raise UserError(
+                f"the weights of '{request.name}' are quantized already ({method}), and a plugin asks to quantize them",
+                "Weights are quantized once, from their full values.",
+                "Remove the plugin that quantizes, or set model.name to the model that is not quantized.",
+            )
+
+
 def _architecture(request: ModelRequest) -> dict[str, object]:
-    """Arguments that shape the network; None would be taken as a choice."""
+    """Arguments that shape the network; None would be taken as a choice.
+
+    Raises:
+        UserError: transformers knows no such attention.
+    """
+    from transformers import AttentionInterface
+
+    wanted = request.options.attention
+    known = {"eager", *AttentionInterface().valid_keys()} - {MASKLESS}
+    known = {name for name in known if not name.startswith("paged|")}
+    if wanted is not None and wanted not in known and "/" not in wanted:
+        raise UserError(
+            f"there is no attention '{wanted}'",
+            did_you_mean(wanted, known, "transformers has:"),
+            "Correct hf.attention, or add the plugin that brings it; a kernel of the hub is written owner/name.",
+        )
     options = {
         "attn_implementation": request.options.attention,
         "experts_implementation": request.options.experts,
@@ -121,24 +193,38 @@ def _on_meta(opened: Opened, request: ModelRequest, dtype: str) -> PreTrainedMod
         )
 
 
-def _from_weights(opened: Opened, request: ModelRequest, dtype: str) -> PreTrainedModel:
+def _from_weights(ctx: Context, opened: Opened, request: ModelRequest, dtype: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     require_safetensors(opened.base)
     adapter = opened.source if opened.source.kind == "adapter" else None
-    quantization = {} if request.options.quantization is None else {"quantization_config": request.options.quantization}
+    arguments = {"dtype": dtype, "use_safetensors": True, **opened.arguments, **_architecture(request)}
     with _explained(request):
-        module, report = AutoModelForCausalLM.from_pretrained(
-            opened.base.address,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            **opened.arguments,
-            **_architecture(request),
-            **quantization,
-        )
-    _require_complete(request, report["missing_keys"])
+        arguments |= _quantization(ctx, request)
+        if opened.whole is not None:
+            module, missing = load_text_part(opened.base.address, opened.whole, opened.config, **arguments)
+        else:
+            config = {"config": opened.config} if _changed(ctx, request) else {}
+            module, report = AutoModelForCausalLM.from_pretrained(
+                opened.base.address, output_loading_info=True, **config, **arguments
+            )
+            missing = report["missing_keys"]
+    _require_complete(request, missing)
     return _with_adapter(module, adapter.path, request) if adapter is not None and adapter.path is not None else module
+
+
+def _changed(ctx: Context, request: ModelRequest) -> bool:
+    settings = ctx.section(HfConfig)
+    return request.name == ctx.config.run.model.name and bool(settings.config_overrides or settings.rope_scaling)
+
+
+def _quantization(ctx: Context, request: ModelRequest) -> dict[str, object]:
+    """Arguments for weights that are quantized as they are loaded: where that is done is decided here."""
+    if request.options.quantization is None:
+        return {}
+    device = getattr(vars(ctx).get("runtime"), "device", None)
+    place = {} if device is None else {"device_map": {"": device}}
+    return {"quantization_config": request.options.quantization, **place}
 
 
 @contextmanager
@@ -166,9 +252,29 @@ def _with_adapter(module: PreTrainedModel, folder: Path, request: ModelRequest) 
         raise UserError(
             f"'{request.name}' is a PEFT adapter", "PEFT is not installed.", "Type: pip install 'pegbox-hf[adapters]'"
         ) from error
-    wrapped = peft.PeftModel(module, peft.PeftConfig.from_pretrained(str(folder)))
+    config = peft.PeftConfig.from_pretrained(str(folder))
+    rows = _rows_of_adapter(folder, config, module)
+    if rows is not None:
+        resize(module, rows)
+    wrapped = peft.PeftModel(module, config)
     _require_complete(request, wrapped.load_adapter(str(folder), wrapped.active_adapter).missing_keys)
     return wrapped.get_base_model()
+
+
+def _rows_of_adapter(folder: Path, config: object, module: PreTrainedModel) -> int | None:
+    """How many embeddings the adapter was trained with: those it holds, or enough for the tokens it trains."""
+    from safetensors import safe_open
+
+    parts = (module.get_input_embeddings(), module.get_output_embeddings())
+    ends = {name.rsplit(".", 1)[-1] for name, part in module.named_modules() if any(part is known for known in parts)}
+    rows = int(module.get_input_embeddings().weight.shape[0])
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as weights:
+        for key in weights.keys():  # noqa: SIM118  it is no mapping
+            if key.endswith(".weight") and key.split(".")[-2] in ends and "lora_" not in key:
+                return int(weights.get_slice(key).get_shape()[0])
+    trained = getattr(config, "trainable_token_indices", None) or []
+    lists = trained.values() if isinstance(trained, dict) else [trained]
+    return max([rows, *(int(index) + 1 for indices in lists for index in indices)])
 
 
 def _require_complete(request: ModelRequest, missing_keys: Iterable[str]) -> None:

@@ -15,7 +15,9 @@ from pegbox_hf import gguf_file
 from pegbox_hf.config import HfConfig
 from pegbox_hf.conversion import converted, place
 from pegbox_hf.hub import reachable
+from pegbox_hf.overrides import override
 from pegbox_hf.source import Source, base_of_adapter, locate
+from pegbox_hf.text_only import text_part
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,7 +33,8 @@ class Opened:
     Attributes:
         source: what `from_pretrained` opens; of an adapter, the adapter's folder.
         base: what `from_pretrained` opens to get the base model.
-        config: the config of the base model.
+        config: the config of the base model, with what the run changes; of `hf.text_only`, its text part.
+        whole: the config of the model that the text part is taken from, if it is.
         arguments: what every `from_pretrained` of this model takes: revision, trust, whether to ask the hub.
     """
 
@@ -39,6 +42,7 @@ class Opened:
     base: Source
     config: PretrainedConfig
     arguments: dict[str, object]
+    whole: PretrainedConfig | None = None
 
 
 def find(ctx: Context, name: str, revision: str | None) -> Source:
@@ -56,7 +60,8 @@ def open_config(ctx: Context, name: str, revision: str | None, *, convert: bool 
         convert: convert a GGUF file if it has not been; otherwise only its header is read.
 
     Raises:
-        UserError: it is not there, cannot be reached, or needs code that the config does not trust.
+        UserError: it is not there, cannot be reached, needs code that the config does not trust, or has no such field
+            or part as the config asks for.
     """
     settings = ctx.section(HfConfig)
     source = find(ctx, name, revision)
@@ -67,13 +72,17 @@ def open_config(ctx: Context, name: str, revision: str | None, *, convert: bool 
     if base.kind == "gguf" and base.path is not None:
         cache = ctx.config.path(settings.cache)
         if not convert and not place(base.path, cache).exists():
-            return Opened(source, base, _header_config(base.path), {"trust_remote_code": trusted})
+            header = override(ctx, name, _header_config(base.path))
+            return Opened(source, base, header, {"trust_remote_code": trusted})
         folder = replace(base, kind="folder", path=converted(base.path, cache))
         source, base = (folder if source is base else source), folder
     arguments: dict[str, object] = {"trust_remote_code": trusted}
     if base.kind == "hub":
         arguments |= {"revision": base.revision or "main", "local_files_only": not reachable(base)}
-    return Opened(source, base, _read_config(base, arguments), arguments)
+    config = _read_config(base, arguments)
+    whole = config if settings.text_only and name == ctx.config.run.model.name else None
+    config = override(ctx, name, config if whole is None else text_part(name, whole))
+    return Opened(source, base, config, arguments, whole)
 
 
 def _header_config(path: Path) -> PretrainedConfig:

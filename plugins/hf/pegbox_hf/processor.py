@@ -1,8 +1,9 @@
-"""The tokenizer of the run's model.
+"""The tokenizer of the run's model, with the template and tokens that the config names.
 
-Padding needs an id. In this order: the tokenizer's own pad token; a token that was reserved for such use and is
-not an end token; the end token. The last is safe because batches are masked by position, never by id; the tokenizer
-itself is left as it is, so that what a run exports is what it loaded.
+Padding needs an id. In this order: the tokenizer's own pad token (`hf.special_tokens` may set it); a token that was
+reserved for such use and is not an end token; the end token. The last is safe because rows are padded on the right
+and known by their length, never by an id: the end token of a document stays trained. A choice of ours is logged and
+leaves the tokenizer as it is, so that what a run exports is what it loaded.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from pegbox_hf.config import HfConfig
 from pegbox_hf.opening import Opened, find, first_line, open_config
 from pegbox_hf.quiet import quiet
 from pegbox_hf.source import looks_like_path
+from pegbox_hf.template import set_template
+from pegbox_hf.tokens import add_tokens
 
 if TYPE_CHECKING:
     from pegbox.context import Context
@@ -40,17 +43,26 @@ TOKENIZER_FILES = (
 
 
 def load_processor(ctx: Context) -> Processor:
-    """Load the tokenizer of `model.name`, or the one that `hf.tokenizer` names.
+    """Load the tokenizer of `model.name`, or the one that `hf.tokenizer` names, and change it as the config says.
 
     Raises:
-        UserError: there is none, it does not open, or it knows more tokens than the model has embeddings for.
+        UserError: there is none, it does not open, it knows more tokens than the model has embeddings for, or a
+            template or token of the config does not exist.
     """
     wanted, settings = ctx.config.run.model, ctx.section(HfConfig)
     with quiet():
         opened = open_config(ctx, wanted.name, wanted.revision)
         tokenizer = _named_tokenizer(ctx, settings.tokenizer) if settings.tokenizer else _own_tokenizer(ctx, opened)
-    _require_embeddings(tokenizer, opened)
-    return Processor(tokenizer=tokenizer, pad_id=pad_id(tokenizer), fingerprint=fingerprint(tokenizer))
+    if opened.source.kind != "adapter":  # its new tokens have embeddings in the adapter
+        _require_embeddings(tokenizer, opened)
+    add_tokens(tokenizer, settings)
+    if settings.chat_template is not None:
+        set_template(ctx, tokenizer, settings.chat_template)
+    padding = pad_id(tokenizer)
+    if tokenizer.pad_token_id is None:
+        ends = " (also the end token; rows are known by length)" if padding == tokenizer.eos_token_id else ""
+        ctx.log.info("no pad token; rows are padded with %r%s", tokenizer.convert_ids_to_tokens(padding), ends)
+    return Processor(tokenizer=tokenizer, pad_id=padding, fingerprint=fingerprint(tokenizer))
 
 
 def _named_tokenizer(ctx: Context, name: str) -> PreTrainedTokenizerBase:

@@ -56,9 +56,12 @@ FROM_PARAMETERS = {
 
 def traits_of(config: PretrainedConfig, module: Module) -> frozenset[str]:
     """The traits of a model: `config` is that of its text part; `module` may be on the meta device."""
+    from pegbox_hf.documents import mixing_layers
+
     names = [name for name, _ in module.named_parameters()]
+    carried = {"recurrent"} if mixing_layers(module) else set()
     seen = {trait for trait, suffix in FROM_PARAMETERS.items() if any(name.endswith(suffix) for name in names)}
-    return traits_of_config(config) | seen
+    return traits_of_config(config) | seen | carried
 
 
 def traits_of_config(config: PretrainedConfig) -> frozenset[str]:

@@ -14,6 +14,7 @@ from pegbox import hooks
 from pegbox.context import Context
 from pegbox.errors import UserError
 from pegbox.hooks import hookimpl
+from pegbox.merging import merge_options
 from pegbox.plan import compose
 from pegbox.types import Batch, Model, ModelOptions, ModelRequest
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -93,6 +94,22 @@ def test_on_the_meta_device_no_weights_are_read(folder: Path, context: Compose) 
     assert "causal" in model.traits
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_process_without_weights_has_the_same_network_and_head(
+    tied: bool, tiny: Callable[..., PreTrainedModel], tmp_path: Path, context: Compose
+) -> None:
+    whole = tiny("Gemma2", final_logit_softcapping=3.0, tie_word_embeddings=tied)
+    whole.save_pretrained(tmp_path / "m")
+    full, empty = (load(context(tmp_path / "m"), options=ModelOptions(empty=flag)).module for flag in (None, True))
+    assert {p.device.type for p in empty.parameters()} == {"meta"}
+    assert empty.token_head.rule == full.token_head.rule
+    assert empty.token_head.rule.softcap == 3.0
+    assert [(n, p.shape, p.dtype) for n, p in full.named_parameters()] == [
+        (n, p.shape, p.dtype) for n, p in empty.named_parameters()
+    ]
+    assert (empty.get_output_embeddings().weight is empty.get_input_embeddings().weight) == tied
+
+
 def test_the_attention_that_was_asked_for_is_used(folder: Path, context: Compose) -> None:
     assert load(context(folder)).module.config._attn_implementation == "sdpa"
     for meta in (False, True):
@@ -102,8 +119,13 @@ def test_the_attention_that_was_asked_for_is_used(folder: Path, context: Compose
 
 def test_an_attention_that_does_not_exist_is_refused(folder: Path, context: Compose) -> None:
     for meta in (False, True):
-        with pytest.raises(UserError, match="does not load"):
+        with pytest.raises(UserError, match="Did you mean 'flash_attention_4'"):
             load(context(folder), meta=meta, options=ModelOptions(attention="flash_attention_9"))
+
+
+def test_the_attention_of_the_config_is_asked_for_like_any_other(folder: Path, context: Compose) -> None:
+    ctx = context(folder, hf={"attention": "eager"})
+    assert merge_options(ctx.each(hooks.configure_model, ctx)) == ModelOptions(attention="eager")
 
 
 def test_pickled_weights_are_refused(folder: Path, context: Compose) -> None:

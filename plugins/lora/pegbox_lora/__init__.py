@@ -11,7 +11,7 @@ from pegbox.types import ConfigSection, Item
 
 if TYPE_CHECKING:
     from pegbox.context import Context
-    from pegbox.types import ExportRequest, Model
+    from pegbox.types import ExportRequest, GroupOptions, Model
 
 FORMAT = "peft"
 
@@ -35,6 +35,15 @@ class LoraPlugin:
         from pegbox_lora.adapter import apply
 
         return apply(ctx, model)
+
+    @hookimpl
+    def configure_groups(self, ctx: Context, model: Model) -> Sequence[GroupOptions]:
+        from pegbox_lora.adapter import require_only_adapter
+        from pegbox_lora.config import LoraConfig
+        from pegbox_lora.learning_rates import group_options
+
+        require_only_adapter(model)
+        return group_options(ctx.section(LoraConfig))
 
     @hookimpl
     def export_model(self, ctx: Context, model: Model, request: ExportRequest) -> Path:

@@ -127,12 +127,22 @@ def test_the_adapters_dtype_can_be_chosen(adapt: Adapt) -> None:
     assert {p.dtype for p in adapted.module.parameters()} == {torch.bfloat16}
 
 
-def test_it_works_without_weights(adapt: Adapt) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_dora": True},
+        {"init": "pissa"},
+        {"tokens": ["word", 5]},
+        {"targets": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+)
+def test_it_works_without_weights(settings: dict, adapt: Adapt) -> None:
     model = tiny_model()
     model.module.to("meta")
-    _, adapted = adapt(model, moved=False)
+    _, adapted = adapt(model, moved=False, **settings)
     trained = sum(p.numel() for p in adapted.module.parameters() if p.requires_grad)
-    real = sum(p.numel() for p in adapt(tiny_model())[1].module.parameters() if p.requires_grad)
+    real = sum(p.numel() for p in adapt(tiny_model(), **settings)[1].module.parameters() if p.requires_grad)
     assert trained == real > 0
     assert {p.device.type for p in adapted.module.parameters()} == {"meta"}
 
@@ -201,7 +211,12 @@ def test_biases_are_trained_if_asked_for(adapt: Adapt) -> None:
         ({"parameters": ["experts.up"]}, r"lora\.parameters: 'experts\.up' matches nothing", ""),
         ({"targets": ["input_layernorm"]}, "PEFT cannot adapt tiny", ""),
         ({"layers": [2]}, r"lora\.layers holds 2, but tiny has layers 0 to 1", ""),
-        ({"targets": ["q_proj"], "exclude": ["q_proj"]}, "PEFT cannot adapt", ""),
+        ({"targets": ["q_proj"], "exclude": ["q_proj"]}, "leave none of them", ""),
+        ({"exclude": r".*\.v_porj"}, r"lora\.exclude: '\.\*\\\.v_porj' matches nothing", "'v_proj'"),
+        ({"rank_pattern": {"v_porj": 4}}, r"lora\.rank_pattern: 'v_porj' matches nothing", "'v_proj'"),
+        ({"alpha_pattern": {"k_proj": 4}, "targets": ["q_proj"]}, r"alpha_pattern: 'k_proj' matches nothing", ""),
+        ({"tokens": [1], "token_modules": ["wte"]}, r"lora\.token_modules: 'wte' matches nothing", ""),
+        ({"layers": [1], "layers_pattern": ["blocks"]}, r"layers_pattern: 'blocks' matches nothing", ""),
     ],
 )
 def test_targets_that_match_nothing_are_errors(settings: dict, what: str, hint: str, adapt: Adapt) -> None:
@@ -236,8 +251,24 @@ def test_trained_biases_need_a_float32_base(adapt: Adapt) -> None:
         ({"layers": [-1]}, "counted from 0"),
         ({"parameters": ["experts.down_proj"], "dropout": 0.1}, "take no dropout"),
         ({"parameters": ["experts.down_proj"], "use_dora": True}, "no DoRA"),
-        ({"init": "orthogonal", "r": 3}, "set r to 4"),
-        ({"init": "pissa"}, "init"),
+        ({"init": "orthogonal", "r": 3}, "set it to 4"),
+        ({"init": "pisa"}, "Did you mean 'pissa'"),
+        ({"init": "pissa_niter_0"}, "no initialization"),
+        ({"init": "eva"}, "init: eva needs activations"),
+        ({"init": "corda"}, "init: corda needs covariances"),
+        ({"init": "lora_ga"}, "init: lora_ga needs gradients"),
+        ({"init": "loftq"}, "init: loftq replaces the base"),
+        ({"init": "mica"}, "init: mica freezes"),
+        ({"init": "pissa", "parameters": ["experts.down_proj"]}, "no init but default and gaussian"),
+        ({"init": "orthogonal", "rank_pattern": {"q_proj": 5}}, "set it to 6"),
+        ({"rank_pattern": {"(q": 5}}, "rank_pattern '\\(q' is no regular expression"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
+        ({"exclude": "(q_proj"}, "exclude '\\(q_proj' is no regular expression"),
+        ({"layers_pattern": ["layers"]}, "layers is not"),
+        ({"token_modules": ["lm_head"]}, "set tokens"),
+        ({"tokens": [3, 3]}, "names a token twice"),
+        ({"tokens": [3], "token_modules": ["lm_head"], "modules_to_save": ["lm_head"]}, "all of its rows are trained"),
+        ({"lr_ratio": 0.0}, "lr_ratio"),
         ({"targets": ["lm_head"], "modules_to_save": ["lm_head"]}, "remove it from one of them"),
         ({"rnak": 8}, "rnak"),
     ],

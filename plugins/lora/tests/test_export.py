@@ -24,6 +24,13 @@ KINDS = [
     {"use_dora": True, "use_rslora": True},
     {"modules_to_save": ["lm_head"], "targets": ["q_proj"]},
     {"layers": [1], "alpha": 3},
+    {"targets": r".*\.1\..*_proj", "exclude": r".*\.up_proj"},
+    {"rank_pattern": {r"layers\.1\..*q_proj": 2}, "alpha_pattern": {"v_proj": 3}, "use_rslora": True},
+    {"targets": ["q_proj"], "tokens": [3, 7]},
+    {"targets": ["q_proj"], "tokens": [3, 7], "token_modules": ["embed_tokens", "lm_head"]},
+    {"targets": ["q_proj", "embed_tokens", "lm_head"]},
+    {"targets": ["q_proj"], "modules_to_save": ["norm", "embed_tokens"]},
+    {"init": "orthogonal", "r": 4, "dropout": 0.1},
 ]
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pegbox.context import Context
     from pegbox.types import BatchSource, CheckpointStore, Examples, Job, Model, Outcome, Runtime
 
+    from pegbox_trainer.gradient_proof import GradientProof
     from pegbox_trainer.record import RunRecord
 
 
@@ -19,6 +20,7 @@ class TrainerPlugin:
     """Owns `build_runtime`, `place_model`, `build_batches`, `open_checkpoints` and `run_training`."""
 
     _record: RunRecord | None = None
+    _proof: GradientProof | None = None
 
     @hookimpl
     def register_config(self) -> ConfigSection:
@@ -59,6 +61,9 @@ class TrainerPlugin:
         return TrainingLoop(ctx, job).run()
 
     @hookimpl
-    def on_event(self, event: Event) -> None:
+    def on_event(self, ctx: Context, event: Event) -> None:
+        from pegbox_trainer.gradient_proof import gradient_proof
+
+        self._proof = gradient_proof(ctx, event, self._proof)
         if isinstance(event, RunEnded) and self._record is not None:
             self._record.close(event.outcome)

@@ -1,11 +1,12 @@
 """Examples as batches: which rows a step takes, and which process gets them.
 
-Training. The order of an epoch is a permutation that depends on the seed and the epoch alone. A step takes
-the next `micro_batch * accumulation * processes` rows of it; within the step, rows are sorted by length and
-dealt out so that rows of like length share a micro-batch (little padding) and processes that compute at the
-same time have like lengths (little waiting). That is allowed because a loss is normalized over the whole
-step: where a row is computed changes no result. For the same global batch, the rows of each step are
-therefore the same on any number of processes. The last step of an epoch takes what is left.
+Training. The order of an epoch is a permutation that depends on the seed and the epoch alone. A step takes the next
+`batch` bins of it (a bin is a row, or several that packing joined), or `micro_batch * accumulation * processes`; within
+the step, bins are sorted by length and dealt out so that those of like length share a micro-batch (little padding) and
+processes that compute at the same time have like lengths (little waiting). That is allowed because a loss is normalized
+over the whole step: where a row is computed changes no result. For the same global batch, the rows of each step are
+therefore the same on any number of processes. The last step of an epoch takes what is left; a stream has no epochs, and
+its steps go on from one window of rows to the next.
 
 Evaluation. Dataset order, each row once; windows of rows are sorted and dealt out in the same way.
 """
@@ -15,14 +16,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from itertools import count
+from typing import TYPE_CHECKING, Any
 
-import torch
-from pegbox.errors import DataError, RunError
-from pegbox.types import UNTRAINED, Batch, Example, Examples
+import numpy as np
+from pegbox.errors import ConfigError, DataError, RunError
+from pegbox.types import UNTRAINED, Batch, Dataset, Example, ExampleStream, PackedExamples
 
-from pegbox_trainer.collation import collate
+from pegbox_trainer.collation import Row, collate
 from pegbox_trainer.config import TrainerConfig
+from pegbox_trainer.windows import Epochs, StreamWindows, Windows
 
 if TYPE_CHECKING:
     from pegbox.context import Context
@@ -56,113 +59,143 @@ def deal(lengths: Sequence[int], micro_batch: int, ranks: int) -> list[list[list
 
 
 class RowBatches:
-    """What training and evaluation share: this rank's micro-batches of some rows."""
+    """What training and evaluation share: this rank's micro-batches of some bins."""
 
-    def __init__(self, ctx: Context, examples: Examples, micro_batch: int) -> None:
-        if len(examples) == 0:
-            raise DataError(
-                f"the {examples.split} split has no rows",
-                "Every row was filtered out, or the files are empty.",
-                "Look at the section of the plugin that makes the dataset.",
-            )
+    def __init__(self, ctx: Context, examples: Dataset, micro_batch: int) -> None:
+        if not isinstance(examples, ExampleStream) and len(examples) == 0:
+            raise _no_rows(examples.split)
+        config = ctx.section(TrainerConfig)
         self.examples = examples
         self._micro_batch = micro_batch
         self._rank, self._ranks = ctx.runtime.rank, ctx.runtime.world_size
         self._pad_id = ctx.processor.pad_id
         self._pin = ctx.runtime.device.type == "cuda"
+        shuffle = config.shuffle and examples.split == "train"
+        self._windows: Windows = (
+            StreamWindows(ctx, examples, config.stream_window, shuffle=shuffle)
+            if isinstance(examples, ExampleStream)
+            else Epochs(ctx, examples, shuffle=shuffle)
+        )
 
     def describe(self, batch: Batch) -> str:
         """Where the rows of a batch came from; `no row` for one that only fills up."""
-        named = ", ".join(self.examples.describe(row) for row in batch.rows[:NAMED_ROWS])
-        more = len(batch.rows) - NAMED_ROWS
-        return f"{named} and {more} more" if more > 0 else named or "no row"
+        return self._named(batch.rows) or "no row"
 
-    def _micro_batches(self, rows: Sequence[int], *, must_train: bool) -> list[Batch]:
-        examples = [self.examples[row] for row in rows]
-        if must_train and not any(_trains(example) for example in examples):
-            named = ", ".join(self.examples.describe(row) for row in rows[:NAMED_ROWS])
+    def _named(self, rows: Sequence[int]) -> str:
+        named = ", ".join(self._windows.describe(row) for row in rows[:NAMED_ROWS])
+        more = len(rows) - NAMED_ROWS
+        return f"{named} and {more} more" if more > 0 else named
+
+    def _micro_batches(self, joined: Sequence[Row], *, must_train: bool) -> list[Batch]:
+        if must_train and not any(_trains(example) for _, example in joined):
+            rows = [row for rows, _ in joined for row in rows]
             raise DataError(
-                f"a step of {len(rows)} rows has no trained token: {named}",
+                f"a step of {len(rows)} rows has no trained token: {self._named(rows)}",
                 "Every token of these rows is masked, so there is nothing to learn from them.",
                 "Check the data's format and which tokens it trains, or raise trainer.micro_batch.",
             )
-        dealt = deal([len(example.input_ids) for example in examples], self._micro_batch, self._ranks)
+        dealt = deal([len(example.input_ids) for _, example in joined], self._micro_batch, self._ranks)
+        packed = any(example.documents for _, example in joined)
         return [
             collate(
-                [(rows[at], examples[at]) for at in positions],
-                self._pad_id,
-                self.examples.describe,
-                pin=self._pin,
+                [joined[at] for at in positions], self._pad_id, self._windows.describe, pin=self._pin, packed=packed
             )
             for positions in dealt[self._rank]
         ]
 
 
 class TrainBatches(RowBatches):
-    """The training source: one optimizer step at a time, from a place in the data that checkpoints keep."""
+    """The training source: one optimizer step at a time, from a place in the data that checkpoints keep.
 
-    def __init__(self, ctx: Context, examples: Examples) -> None:
-        config = ctx.section(TrainerConfig)
+    The place is (window, bins taken of it), which no number of processes changes.
+    """
+
+    def __init__(self, ctx: Context, examples: Dataset) -> None:
+        self._config = config = ctx.section(TrainerConfig)
         super().__init__(ctx, examples, config.micro_batch)
-        self._ctx, self._shuffle = ctx, config.shuffle
-        self._step_rows = config.micro_batch * config.accumulation * self._ranks
-        self.steps_per_epoch = math.ceil(len(examples) / self._step_rows)
-        epochs = 1.0 if config.epochs is None else config.epochs
-        self.total_steps: int | None = config.max_steps or math.ceil(epochs * self.steps_per_epoch)
-        self._position = 0
-        self._order: tuple[int, torch.Tensor] = (-1, torch.empty(0))
+        self._step_rows = config.batch or config.micro_batch * config.accumulation * self._ranks
+        self._spans = isinstance(self._windows, StreamWindows)
+        self._step, self._window, self._taken = 0, 0, 0
+        self.total_steps: int | None = config.max_steps or self._steps_of_epochs()
 
     @property
-    def epoch(self) -> float:
-        """Passes over the data so far."""
-        return self._position / self.steps_per_epoch
+    def epoch(self) -> float | None:
+        """Passes over the data so far; None for a stream."""
+        return None if self._spans else self._window + self._taken / len(self._windows.window(self._window).bins)
 
     def __iter__(self) -> Iterator[Sequence[Batch]]:
-        while self._position < (self.total_steps or 0):
-            rows = self.rows_of_step(self._position)
-            self._position += 1
-            yield self._micro_batches(rows, must_train=True)
+        while self._step < (self.total_steps or 0) and (bins := self._next_bins()):
+            self._step += 1
+            yield self._micro_batches(bins, must_train=True)
 
-    def rows_of_step(self, position: int) -> list[int]:
-        """The rows of a step over all processes, in the order of the epoch."""
-        epoch, step = divmod(position, self.steps_per_epoch)
-        if self._order[0] != epoch:
-            self._order = (epoch, self._permutation(epoch))
-        start = step * self._step_rows
-        rows: list[int] = self._order[1][start : start + self._step_rows].tolist()
-        return rows
+    def _next_bins(self) -> list[Row]:
+        """The bins of the next step over all processes; none: the data has ended.
+
+        An epoch ends with the step that takes what is left of it; a step of a stream goes on in its next window.
+        """
+        joined: list[Row] = []
+        while len(joined) < self._step_rows:
+            window = self._windows.window(self._window)
+            if not window.bins:
+                break
+            upto = min(self._taken + self._step_rows - len(joined), len(window.bins))
+            joined += [window.joined(at) for at in range(self._taken, upto)]
+            self._taken = upto
+            if upto == len(window.bins):
+                self._window, self._taken = self._window + 1, 0
+                if not self._spans:
+                    break
+        return joined
+
+    def _steps_of_epochs(self) -> int:
+        if self._spans:
+            raise ConfigError(
+                "the training data is a stream, and trainer.max_steps is not set",
+                "How many steps an epoch of a stream has is known when it ends, too late for a schedule.",
+                "Set trainer.max_steps.",
+            )
+        epochs = 1.0 if self._config.epochs is None else self._config.epochs
+        # Bins differ from epoch to epoch; without packing every epoch has as many.
+        packed = isinstance(self.examples, PackedExamples)
+        sizes = [len(self._windows.window(n if packed else 0).bins) for n in range(math.ceil(epochs))]
+        steps = [math.ceil(bins / self._step_rows) for bins in sizes]
+        return math.ceil(sum(steps[:-1]) + (epochs - len(steps) + 1) * steps[-1])
 
     def state_dict(self) -> dict[str, object]:
-        epoch, step = divmod(self._position, self.steps_per_epoch)
-        return {"epoch": epoch, "step": step, **self._identity}
+        place = {"step": self._step, "window": self._window, "taken": self._taken}
+        return {
+            **place,
+            "rows_per_step": self._step_rows,
+            "source": self._windows.state_dict(self._window),
+            **self._identity,
+        }
 
-    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for key, now in self._identity.items():
             if state_dict[key] != now:
                 raise RunError(
                     f"the checkpoint's place in the data has {key} {state_dict[key]}, this run has {now}",
                     "Going on from there would repeat or skip rows.",
-                    "Resume with the same data, micro_batch * accumulation * processes and shuffle.",
+                    "Resume with the same data, packing and trainer.shuffle.",
                 )
-        epoch, step = state_dict["epoch"], state_dict["step"]
-        assert isinstance(epoch, int)
-        assert isinstance(step, int)
-        self._position = epoch * self.steps_per_epoch + step
+        if (before := state_dict["rows_per_step"]) != self._step_rows:
+            raise RunError(
+                f"a step of the checkpoint takes {before} rows over all processes, one of this run {self._step_rows}",
+                "Steps, schedule and loss would not be those of the run that began.",
+                f"Set trainer.batch={before}: it holds for any number of processes.",
+            )
+        self._step, self._window, self._taken = (state_dict[key] for key in ("step", "window", "taken"))
+        self._windows.go_to(self._window, state_dict["source"])
 
     @cached_property
     def _identity(self) -> dict[str, object]:
-        return {
-            "rows": len(self.examples),
-            "fingerprint": self.examples.fingerprint,
-            "rows_per_step": self._step_rows,
-            "shuffle": self._shuffle,
-        }
+        rows = {} if self._spans else {"rows": len(self.examples)}  # type: ignore[arg-type]
+        shuffle = {"shuffle": self._config.shuffle}
+        return {**rows, "fingerprint": self.examples.fingerprint, **shuffle, **self._stream_identity}
 
-    def _permutation(self, epoch: int) -> torch.Tensor:
-        if not self._shuffle:
-            return torch.arange(len(self.examples))
-        source = torch.Generator().manual_seed(self._ctx.rng("shuffle", epoch).seed)
-        return torch.randperm(len(self.examples), generator=source)
+    @property
+    def _stream_identity(self) -> dict[str, object]:
+        return {"stream_window": self._config.stream_window} if self._spans else {}
 
 
 class EvalBatches(RowBatches):
@@ -170,14 +203,21 @@ class EvalBatches(RowBatches):
 
     total_steps: int | None = None
 
-    def __init__(self, ctx: Context, examples: Examples) -> None:
+    def __init__(self, ctx: Context, examples: Dataset) -> None:
         config = ctx.section(TrainerConfig)
         super().__init__(ctx, examples, config.eval_micro_batch or config.micro_batch)
+        self._start = self._windows.state_dict(0)
 
     def __iter__(self) -> Iterator[Sequence[Batch]]:
-        window = self._micro_batch * self._ranks * EVAL_WINDOW
-        for start in range(0, len(self.examples), window):
-            yield self._micro_batches(range(start, min(start + window, len(self.examples))), must_train=False)
+        together = self._micro_batch * self._ranks * EVAL_WINDOW
+        self._windows.go_to(0, self._start)
+        for number in count():
+            window = self._windows.window(number)
+            for start in range(0, len(window.bins), together):
+                bins = range(start, min(start + together, len(window.bins)))
+                yield self._micro_batches([window.joined(at) for at in bins], must_train=False)
+            if isinstance(self._windows, Epochs) or not window.bins:
+                return
 
     def state_dict(self) -> dict[str, object]:
         return {}
@@ -186,10 +226,17 @@ class EvalBatches(RowBatches):
         """Nothing: every evaluation is the same."""
 
 
+def _no_rows(split: str) -> DataError:
+    return DataError(
+        f"the {split} split has no rows",
+        "Every row was filtered out, or the files are empty.",
+        "Look at the section of the plugin that makes the dataset.",
+    )
+
+
 def _trains(example: Example) -> bool:
     """Whether a row has a trained token; the first of a document is never a target."""
-    firsts, at = set(), 0
-    for length in example.documents or (len(example.labels),):
-        firsts.add(at)
-        at += length
-    return any(label != UNTRAINED and at not in firsts for at, label in enumerate(example.labels))
+    trained = np.asarray(example.labels) != UNTRAINED
+    documents = example.documents or (len(trained),)
+    trained[np.cumsum((0, *documents[:-1]))] = False
+    return bool(trained.any())

@@ -7,7 +7,8 @@
         random/rank-00000.pt               the global random generators of each process
         meta.json                          step, plan, versions, and the list of states
 
-A checkpoint is written to a temporary sibling, synced to disk, and renamed: a process that is killed at any
+Rows, weights and optimizer do not depend on the number of processes; random generators do, and start anew where it has
+changed. A checkpoint is written to a temporary sibling, synced to disk, and renamed: a process that is killed at any
 moment leaves a complete one or none. Rotation renames before it deletes, for the same reason.
 """
 
@@ -27,6 +28,7 @@ from pegbox.types import Checkpoint, Model, Optimization, Stateful
 
 from pegbox_trainer.config import TrainerConfig
 from pegbox_trainer.record import versions
+from pegbox_trainer.runtime import seed_process
 from pegbox_trainer.states import (
     random_state,
     read_state,
@@ -39,7 +41,7 @@ from pegbox_trainer.states import (
 if TYPE_CHECKING:
     from pegbox.context import Context
 
-FORMAT = 1
+FORMAT = 2
 NAME = re.compile(r"step-(\d{8,})")
 META = "meta.json"
 TEMPORARY = ".tmp-"
@@ -95,9 +97,17 @@ class FolderStore:
         assert model.placement is not None, "a model is restored after it was placed"
         model.placement.load(folder, optimization.optimizer)
         optimization.schedule.load_state_dict(read_state(folder / "schedule.pt"))
+        same = meta["world_size"] == self.ctx.runtime.world_size
         for key, state in self.ctx.states.items():
-            state.load_state_dict(read_state(folder / _state_file(key, state, rank)))
-        restore_random_state(read_state(folder / _random_file(rank)), self.ctx.runtime.device)
+            if same or _scope(state) == "global":
+                state.load_state_dict(read_state(folder / _state_file(key, state, rank)))
+            else:
+                files = [folder / _state_file(key, state, written) for written in range(meta["world_size"])]
+                state.load_rank_states([read_state(path) for path in files])  # type: ignore[attr-defined]
+        if same:
+            restore_random_state(read_state(folder / _random_file(rank)), self.ctx.runtime.device)
+        else:
+            seed_process(self.ctx.rng(f"trainer/process/{rank}", checkpoint.step))
         self._together("restore", lambda: self._set_aside_after(checkpoint.step), rank=0)
 
     # ---- writing ----
@@ -165,12 +175,6 @@ class FolderStore:
                 "Formats change with versions of pegbox-trainer.",
                 f"Install pegbox-trainer {meta['versions'].get('pegbox-trainer', '')}.",
             )
-        if meta["world_size"] != self.ctx.runtime.world_size:
-            raise RunError(
-                f"{folder} was written by {meta['world_size']} processes, this run has {self.ctx.runtime.world_size}",
-                "Each process has states of its own, and a step takes rows for all of them.",
-                f"Resume with --processes {meta['world_size']}.",
-            )
         now = {key: _scope(state) for key, state in self.ctx.states.items()}
         missing, unclaimed = (
             sorted(now.keys() - meta["states"].keys()),
@@ -197,6 +201,14 @@ class FolderStore:
                 "Install the version of the plugin that wrote it.",
             )
 
+        bound = [key for key, state in self.ctx.states.items() if _scope(state) == "rank" and not _elastic(state)]
+        if meta["world_size"] != self.ctx.runtime.world_size and bound:
+            raise RunError(
+                f"{folder} was written by {meta['world_size']} processes, this run has {self.ctx.runtime.world_size}",
+                f"Each process has its own state of {', '.join(bound)}, which cannot be joined and dealt out anew.",
+                f"Resume with --processes {meta['world_size']}.",
+            )
+
     def _together(self, what: str, action: Callable[[], None], rank: int | None = None) -> None:
         """Do something on all ranks, or on one; all wait for it, and fail if one fails."""
         error: Exception | None = None
@@ -220,6 +232,11 @@ class FolderStore:
 def _empty(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+
+
+def _elastic(state: Stateful) -> bool:
+    """Whether a state of each rank can be made of those of another number of ranks: `load_rank_states(states)`."""
+    return hasattr(state, "load_rank_states")
 
 
 def _scope(state: Stateful) -> str:

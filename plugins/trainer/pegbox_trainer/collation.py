@@ -18,29 +18,36 @@ from numpy.typing import NDArray
 from pegbox.errors import DataError
 from pegbox.types import UNTRAINED, Batch, Example
 
-Row = tuple[int, Example]
+Row = tuple[tuple[int, ...], Example]
+"""The dataset rows of a bin, and what they are joined to."""
+
+FILLER_TOKENS = 2
+"""Length of a micro-batch without rows: enough for two documents, which a packed forward is tried with."""
 
 
-def collate(rows: Sequence[Row], pad_id: int, describe: Callable[[int], str], *, pin: bool = False) -> Batch:
-    """One micro-batch of (dataset index, example) pairs.
+def collate(
+    rows: Sequence[Row], pad_id: int, describe: Callable[[int], str], *, pin: bool = False, packed: bool = False
+) -> Batch:
+    """One micro-batch of bins.
 
-    No rows at all give one row of one padding token without a trained one: ranks that have nothing to compute
-    still take part in the step.
+    No rows at all give one row of padding without a trained token: ranks that have nothing to compute still take
+    part in the step, and do with it what the others do with theirs.
 
     Args:
         rows: what goes in, in order.
         pad_id: token id of padding.
         describe: where a row came from, for messages.
         pin: put tensors into page-locked memory, from which copies to a GPU do not wait.
+        packed: other micro-batches of the step are packed.
 
     Raises:
         DataError: a row is empty, or its labels or documents do not fit its tokens.
     """
-    for index, example in rows:
-        _check(example, index, describe)
+    for numbers, example in rows:
+        _check(example, numbers[0], describe)
     examples = [example for _, example in rows]
     lengths = [len(example.input_ids) for example in examples]
-    shape = (max(len(rows), 1), max(lengths, default=1))
+    shape = (max(len(rows), 1), max(lengths, default=FILLER_TOKENS))
     input_ids_BT = numpy.full(shape, pad_id, dtype=numpy.int64)
     targets_BT = numpy.full(shape, UNTRAINED, dtype=numpy.int64)
     for b, (example, length) in enumerate(zip(examples, lengths, strict=True)):
@@ -52,7 +59,7 @@ def collate(rows: Sequence[Row], pad_id: int, describe: Callable[[int], str], *,
         made = torch.from_numpy(array)
         return made.pin_memory() if pin else made
 
-    packed = any(example.documents for example in examples)
+    packed = packed or any(example.documents for example in examples)
     padded = any(length < shape[1] for length in lengths)
     positions, borders = _documents(examples, shape) if packed else (None, None)
     return Batch(
@@ -63,7 +70,7 @@ def collate(rows: Sequence[Row], pad_id: int, describe: Callable[[int], str], *,
         position_ids_BT=None if positions is None else tensor(positions),
         cu_seqlens_S=None if borders is None else tensor(borders),
         max_seqlen=None if borders is None else int(numpy.diff(borders).max()),
-        rows=tuple(index for index, _ in rows),
+        rows=tuple(row for numbers, _ in rows for row in numbers),
     )
 
 
@@ -79,6 +86,8 @@ def _documents(
     for example in examples:
         padding = shape[1] - len(example.input_ids)
         documents += [*(example.documents or (len(example.input_ids),)), *([padding] if padding else [])]
+    if not examples:
+        documents = [shape[1]] * shape[0]
     positions_BT = numpy.concatenate([numpy.arange(length) for length in documents]).reshape(shape)
     return positions_BT, numpy.cumsum([0, *documents], dtype=numpy.int32)
 

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pegbox.section import Section, setting
 from pydantic import model_validator
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+class GradientProofConfig(Section):
+    """Whether training reaches what it should."""
+
+    steps: int = setting(
+        3, "How many of the first steps are looked at; 0 leaves the proof out.", unit="optimizer steps", ge=0
+    )
+    allow: tuple[str, ...] = setting((), "Expressions found in names of parameters that may stay without a gradient.")
+
+    @model_validator(mode="after")
+    def _expressions(self) -> GradientProofConfig:
+        for expression in self.allow:
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise ValueError(f"allow {expression!r} is no regular expression: {error}; escape it") from error
+        return self
 
 
 class TrainerConfig(Section):
@@ -21,10 +40,22 @@ class TrainerConfig(Section):
     )
     micro_batch: int = setting(4, "Rows of one forward and backward on one process.", unit="rows", ge=1)
     accumulation: int = setting(1, "Micro-batches of one optimizer step on one process.", unit="micro-batches", ge=1)
+    batch: int | None = setting(
+        None,
+        "Rows of one optimizer step over all processes, instead of accumulation; so a run is the same on any number.",
+        unit="rows",
+        ge=1,
+    )
     eval_micro_batch: int | None = setting(
         None, "Rows of one forward in evaluation; micro_batch unless set.", unit="rows", ge=1
     )
     shuffle: bool = setting(True, "Take rows in a new random order each epoch, which depends on the seed alone.")
+    stream_window: int = setting(
+        8192,
+        "Rows of a stream that are shuffled and packed among themselves; memory grows with it.",
+        unit="rows",
+        ge=1,
+    )
     precision: Precision = setting(
         "auto", "Arithmetic of the forward; auto is bf16 where CUDA has it natively, else fp32."
     )
@@ -45,6 +76,10 @@ class TrainerConfig(Section):
     deterministic: bool = setting(
         False, "Use deterministic algorithms only, so that two runs on one GPU agree bit for bit; slower."
     )
+    gradient_proof: GradientProofConfig = setting(
+        GradientProofConfig(),
+        "In the first steps every trained parameter must receive a gradient, and nothing else may: {steps, allow}.",
+    )
     find_unused_parameters: bool = setting(
         False, "With several processes: allow parameters that take no part in some forwards; slower."
     )
@@ -54,6 +89,11 @@ class TrainerConfig(Section):
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainerConfig:
+        if self.batch is not None and "accumulation" in self.model_fields_set:
+            raise ValueError(
+                f"batch is {self.batch} and accumulation is {self.accumulation}; "
+                "both say how many rows a step takes; remove one of them"
+            )
         if self.max_steps is not None and self.epochs is not None:
             raise ValueError(
                 f"max_steps is {self.max_steps} and epochs is {self.epochs}; "

@@ -43,9 +43,8 @@ from pegbox_trainer.finiteness import FiniteWatch, StepTrace, without_tensors
 from pegbox_trainer.interruption import Interruption
 from pegbox_trainer.metrics import Meter, MetricsFile
 from pegbox_trainer.normalization import StepCounts, count_step
-from pegbox_trainer.placement import resolve_precision
 from pegbox_trainer.progress import RunProgress
-from pegbox_trainer.runtime import seed_process
+from pegbox_trainer.runtime import resolve_precision, seed_process
 
 if TYPE_CHECKING:
     from pegbox.context import Context
@@ -227,8 +226,8 @@ class TrainingLoop:
     def _log(self) -> None:
         self.watch.check()
         metrics = self.meter.read()
-        if isinstance(self.job.train, TrainBatches):
-            metrics["epoch"] = self.job.train.epoch
+        if isinstance(self.job.train, TrainBatches) and (epoch := self.job.train.epoch) is not None:
+            metrics["epoch"] = epoch
         if self.scaler.is_enabled():
             metrics["loss_scale"] = self._loss_scale()
         self.latest |= metrics
@@ -282,3 +281,8 @@ class TrainingLoop:
         self.latest = dict(state_dict["latest"])
         self.evaluated_at = state_dict["evaluated_at"]
         self._written = state_dict["metrics_bytes"]
+
+    def load_rank_states(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go on from the states of another number of ranks: what each had summed for itself goes to the first."""
+        self.load_state_dict(states[0])
+        self.meter.load_rank_states([state["meter"] for state in states])

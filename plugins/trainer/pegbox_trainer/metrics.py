@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +91,15 @@ class Sums:
             "totals": {name: total.cpu() for name, total in self._totals.items()},
             "counts": dict(self._counts),
         }
+
+    def load_rank_states(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Take the sum of what several ranks had."""
+        self._totals, self._counts = {}, {}
+        for state in states:
+            self.add(
+                Term(name=name, total=total.to(self._device), count=state["counts"][name])
+                for name, total in state["totals"].items()
+            )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._totals = {name: total.to(self._device) for name, total in state["totals"].items()}
@@ -202,3 +211,10 @@ class Meter:
         self.trained_tokens, self._elapsed_before_s = state["trained_tokens"], state["elapsed_s"]
         self._grad_norm, self._learning_rate = state["grad_norm"].to(device), state["learning_rate"]
         self._further.load_state_dict(state["further"])
+
+    def load_rank_states(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from the states of another number of ranks: the first takes the sums of all."""
+        self.load_state_dict(states[0])
+        first = self._runtime.rank == 0
+        self._tokens = sum(state["tokens"] for state in states) if first else 0
+        self._further.load_rank_states([state["further"] for state in states] if first else [])

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from pegbox.errors import ConfigError, RunError
+from pegbox.errors import RunError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pegbox_trainer.config import Precision, TrainerConfig
+from pegbox_trainer.runtime import resolve_precision
 from pegbox_trainer.states import read_state, write_state
 
 if TYPE_CHECKING:
@@ -52,20 +53,6 @@ def place(ctx: Context, model: Model) -> Model:
             find_unused_parameters=config.find_unused_parameters,
         )
     return replace(model, placement=ReplicatedPlacement(model.module, forward, runtime), forward=forward)
-
-
-def resolve_precision(config: TrainerConfig, device: torch.device) -> Precision:
-    """What `auto` means on this device; refuses what the device cannot compute."""
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if config.precision == "auto":
-        return "bf16" if native else "fp32"
-    if config.precision == "bf16" and device.type == "cuda" and not native:
-        raise ConfigError(
-            f"trainer.precision is bf16, but {torch.cuda.get_device_name(device)} has no bf16 arithmetic",
-            "GPUs before compute capability 8.0 only emulate it.",
-            "Set trainer.precision to fp16 or fp32.",
-        )
-    return config.precision
 
 
 def _keep_buffers_apart() -> dict[str, bool]:
@@ -120,6 +107,8 @@ class ReplicatedPlacement:
             write_state(folder / OPTIMIZER, optimizer.state_dict(), "the optimizer's state")
 
     def load(self, folder: Path, optimizer: Optimizer) -> None:
+        if not (folder / WEIGHTS).is_file():
+            raise _other_placement(folder)
         saved = load_file(folder / WEIGHTS)
         present: dict[str, Tensor] = {**dict(self._module.named_buffers()), **self._trained}
         unlike = sorted(saved.keys() - present.keys() | self._trained.keys() - saved.keys())
@@ -149,6 +138,14 @@ def _other_model(folder: Path, unlike: list[str]) -> RunError:
         f"{folder} holds other trained parameters than this run: {', '.join(unlike[:3])}{more}",
         "Their names and shapes must be the same to go on exactly.",
         "Resume with the config that the checkpoint was made with: see config.yaml beside it.",
+    )
+
+
+def _other_placement(folder: Path) -> RunError:
+    return RunError(
+        f"{folder} has no {WEIGHTS}",
+        "It was written by a run whose model was placed in another way, in shards for instance.",
+        "Resume with the plugins and `use` that the run began with: see config.yaml beside it.",
     )
 
 

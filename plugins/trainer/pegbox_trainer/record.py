@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from pegbox.folder import RECORD
+from pegbox.types import ExampleStream
 
 if TYPE_CHECKING:
     from pegbox.context import Context
-    from pegbox.types import Job, Outcome
+    from pegbox.types import Dataset, Job, Outcome
 
 CONFIG = "config.yaml"
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "datasets", "trl", "triton", "bitsandbytes", "vllm")
@@ -45,7 +46,7 @@ class RunRecord:
             "plan": ctx.plan.to_json(),
             "digest": ctx.plan.digest(),
             "versions": {"python": platform.python_version(), **versions([*own, *LIBRARIES])},
-            "data": {split.split: {"rows": len(split), "fingerprint": split.fingerprint} for split in rows},
+            "data": {split.split: {"rows": _count(split), "fingerprint": split.fingerprint} for split in rows},
             "processor": ctx.processor.fingerprint,
             "world_size": ctx.runtime.world_size,
             "command": sys.argv,
@@ -79,6 +80,11 @@ def versions(names: Iterable[str]) -> dict[str, str]:
         with suppress(PackageNotFoundError, ValueError):
             found[name] = version(name)
     return found
+
+
+def _count(rows: Dataset) -> int | None:
+    """How many rows; None for a stream, of which nobody knows."""
+    return None if isinstance(rows, ExampleStream) else len(rows)
 
 
 def _now() -> str:

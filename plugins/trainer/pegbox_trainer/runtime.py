@@ -17,14 +17,20 @@ from accelerate import PartialState
 from pegbox.errors import ConfigError
 from torch import distributed
 
-from pegbox_trainer.config import TrainerConfig
+from pegbox_trainer.config import Precision, TrainerConfig
 
 if TYPE_CHECKING:
     from pegbox.context import Context, Rng
 
 
 class ProcessRuntime:
-    """One process of a run and its device (`pegbox.types.Runtime`)."""
+    """One process of a run and its device (`pegbox.types.Runtime`).
+
+    Attributes:
+        precision: the arithmetic of forwards, for who places models.
+    """
+
+    precision: Precision
 
     def __init__(self, state: PartialState) -> None:
         self.rank: int = state.process_index
@@ -70,10 +76,25 @@ def build_runtime(ctx: Context) -> ProcessRuntime:
         ctx.exit.push(partial(_leave, state))
     runtime = ProcessRuntime(state)
     _check(runtime, config)
+    runtime.precision = resolve_precision(config, runtime.device)
     if config.deterministic:
         _compute_deterministically(ctx)
     seed_process(ctx.rng("trainer/setup"))
     return runtime
+
+
+def resolve_precision(config: TrainerConfig, device: torch.device) -> Precision:
+    """What `auto` means on this device; refuses what the device cannot compute."""
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if config.precision == "auto":
+        return "bf16" if native else "fp32"
+    if config.precision == "bf16" and device.type == "cuda" and not native:
+        raise ConfigError(
+            f"trainer.precision is bf16, but {torch.cuda.get_device_name(device)} has no bf16 arithmetic",
+            "GPUs before compute capability 8.0 only emulate it.",
+            "Set trainer.precision to fp16 or fp32.",
+        )
+    return config.precision
 
 
 def _check(runtime: ProcessRuntime, config: TrainerConfig) -> None:

@@ -158,6 +158,15 @@ def compare_on_two_processes(folder: Path) -> None:
         if os.environ["RANK"] == "0":
             torch.save({"ours": ours, "theirs": theirs}, folder / f"{name}.pt")
     interrupt_one_rank(folder)
+    run(elastic(folder, max_steps=5))
+
+
+def elastic(folder: Path, **keys: Any) -> dict[str, Any]:
+    """A run that is the same on any number of processes: packed, streamed, one global batch, no dropout."""
+    tiny = {"rows": 41, "eval_rows": 7, "stream": True, "capacity": 40}
+    flat = {"schedule": "constant"}
+    sizes = {"micro_batch": 2, "batch": 6, "stream_window": 11, "log_every": 1, "max_grad_norm": CLIP}
+    return tiny_config(folder / "elastic", tiny=tiny, adamw=flat, precision="fp32", **sizes, **keys)
 
 
 class CtrlC:

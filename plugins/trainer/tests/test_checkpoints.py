@@ -102,20 +102,21 @@ def test_a_state_whose_scope_changed_is_an_error(config: Any) -> None:
         run(config(max_steps=4, plugins=["counter"], resume="auto"), counter=Counter(scope="rank"))
 
 
-def test_a_checkpoint_of_another_number_of_processes_is_refused(config: Any, tmp_path: Path) -> None:
-    run(config(max_steps=2))
+def test_a_state_that_cannot_be_dealt_out_anew_keeps_the_number_of_processes(config: Any, tmp_path: Path) -> None:
+    run(config(max_steps=2, plugins=["counter"]), counter=Counter(scope="rank"))
     meta = checkpoint(tmp_path / "run", 2) / "meta.json"
     meta.write_text(meta.read_text().replace('"world_size": 1', '"world_size": 2'))
     with pytest.raises(RunError, match="was written by 2 processes, this run has 1") as failure:
-        run(config(max_steps=4, resume="auto"))
+        run(config(max_steps=4, plugins=["counter"], resume="auto"), counter=Counter(scope="rank"))
+    assert "counter/plugin" in failure.value.why
     assert "--processes 2" in failure.value.next
 
 
 def test_a_checkpoint_of_another_format_is_refused(config: Any, tmp_path: Path) -> None:
     run(config(max_steps=2))
     meta = checkpoint(tmp_path / "run", 2) / "meta.json"
-    meta.write_text(meta.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(RunError, match="has checkpoint format 2, this version reads 1"):
+    meta.write_text(meta.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(RunError, match="has checkpoint format 1, this version reads 2"):
         run(config(max_steps=4, resume="auto"))
 
 

@@ -144,7 +144,7 @@ def test_going_back_to_an_older_checkpoint_sets_later_ones_aside(config: Any, tm
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"micro_batch": 3}, "has rows_per_step 8, this run has 6"),
+        ({"micro_batch": 3}, "takes 8 rows over all processes, one of this run 6"),
         ({"shuffle": False}, "has shuffle True, this run has False"),
         ({"tiny": {"rows": 20}}, "has rows 48, this run has 20"),
         ({"tiny": {"longest": 9}}, "has fingerprint"),

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from peer_runs import assert_same_training, train_with_pegbox
-from tiny_runs import HERE, assert_same_run, in_subprocess
+from peer_runs import assert_same_training, elastic, train_with_pegbox
+from tiny_runs import HERE, assert_same_run, in_subprocess, records, run
 
 pytestmark = pytest.mark.distributed
 
@@ -45,3 +45,14 @@ def test_a_ctrl_c_on_one_process_stops_all_and_the_run_goes_on_exactly(two_proce
         "parted/auto": ["finished", 12],
     }
     assert_same_run(two_processes / "parted", two_processes / "whole", 12)
+
+
+def test_a_run_of_two_processes_goes_on_in_one(tmp_path: Path, two_processes: Path) -> None:
+    run(elastic(two_processes, max_steps=10, resume="auto"))
+    run(elastic(tmp_path, max_steps=10))
+    parted, whole = (records(folder / "elastic", "train") for folder in (two_processes, tmp_path))
+    assert [record["trained_tokens"] for record in parted] == [record["trained_tokens"] for record in whole]
+    for name in ("loss", "grad_norm"):
+        torch.testing.assert_close(
+            torch.tensor([record[name] for record in parted]), torch.tensor([record[name] for record in whole])
+        )

@@ -41,6 +41,8 @@ class TinyLlamaConfig(Section):
     documents: int = setting(1, "Documents packed into each row.", unit="documents")
     poison: tuple[int, ...] = setting((), "Rows whose loss is not a number.")
     untrained: tuple[int, ...] = setting((), "Rows without a trained token.")
+    stream: bool = setting(False, "Give the training rows as a stream that begins anew without end.")
+    capacity: int | None = setting(None, "Pack neighbours of the order into bins of so many tokens.", unit="tokens")
     dropout: float = setting(0.0, "Dropout of attention weights.", unit="1")
 
 
@@ -83,6 +85,69 @@ class Rows:
         return f"{self.split}.jsonl:{index + 1}"
 
 
+class PackedRows:
+    """Rows with bins made in the plainest way: a bin is closed by the row that does not fit any more."""
+
+    def __init__(self, rows: Rows, capacity: int) -> None:
+        self.split, self.fingerprint, self._rows, self._capacity = rows.split, rows.fingerprint, rows, capacity
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._rows[index]
+
+    def describe(self, index: int) -> str:
+        return self._rows.describe(index)
+
+    def bins(self, order: Sequence[int]) -> list[list[int]]:
+        bins, room = [], 0
+        for row in order:
+            length = len(self._rows[row].input_ids)
+            if not bins or room < length:
+                bins.append([])
+                room = self._capacity
+            bins[-1].append(row)
+            room -= length
+        return bins
+
+
+class Part:
+    """Some rows of others."""
+
+    def __init__(self, rows: Rows, numbers: Sequence[int]) -> None:
+        self.split, self.fingerprint, self._rows, self._numbers = rows.split, rows.fingerprint, rows, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._rows[self._numbers[index]]
+
+    def describe(self, index: int) -> str:
+        return self._rows.describe(self._numbers[index])
+
+
+class Stream:
+    """The rows over and over, or once."""
+
+    def __init__(self, rows: Rows, capacity: int | None = None, *, endless: bool = True) -> None:
+        self.split, self.fingerprint = rows.split, rows.fingerprint
+        self._rows, self._capacity, self._endless, self._at = rows, capacity, endless, 0
+
+    def take(self, rows: int) -> Part | PackedRows:
+        upto = self._at + rows if self._endless else min(self._at + rows, len(self._rows))
+        part = Part(self._rows, [at % len(self._rows) for at in range(self._at, upto)])
+        self._at = upto
+        return part if self._capacity is None else PackedRows(part, self._capacity)
+
+    def state_dict(self) -> dict[str, object]:
+        return {"at": self._at}
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        self._at = state_dict["at"]
+
+
 def build_model(dropout: float = 0.0) -> LlamaForCausalLM:
     """The same random weights each time."""
     torch.manual_seed(1234)
@@ -123,9 +188,12 @@ class Plugin:
         return Processor(tokenizer=None, pad_id=PAD, fingerprint="tiny")
 
     @hookimpl
-    def build_dataset(self, ctx, split) -> Rows | None:
-        rows = Rows(ctx.section(TinyLlamaConfig), split)
-        return rows if len(rows) else None
+    def build_dataset(self, ctx, split) -> Rows | PackedRows | Stream | None:
+        config = ctx.section(TinyLlamaConfig)
+        rows = Rows(config, split)
+        if config.stream and split == "train":
+            return Stream(rows, config.capacity)
+        return (PackedRows(rows, config.capacity) if config.capacity else rows) if len(rows) else None
 
     @hookimpl
     def load_model(self, ctx, request: ModelRequest) -> Model:

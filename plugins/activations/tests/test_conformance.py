@@ -1,0 +1,21 @@
+"""The plugin keeps the contract of plugins and of patches."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pegbox.testing import PatchConformance, PluginConformance
+
+
+class TestActivations(PluginConformance, PatchConformance):
+    plugin = "activations"
+
+
+class TestOffload(PatchConformance):
+    plugin = "activations"
+    config: ClassVar = {"policy": "none", "offload": "cpu", "offload_min_bytes": 0}
+
+
+class TestReentrant(PatchConformance):
+    plugin = "activations"
+    config: ClassVar = {"reentrant": True}

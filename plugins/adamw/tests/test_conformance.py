@@ -1,9 +1,0 @@
-"""The plugin keeps the contract of plugins."""
-
-from __future__ import annotations
-
-from pegbox.testing import PluginConformance
-
-
-class TestAdamw(PluginConformance):
-    plugin = "adamw"

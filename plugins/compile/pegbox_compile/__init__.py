@@ -1,0 +1,43 @@
+"""torch.compile: kernels generated for the layers of a model, or for the whole of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pegbox.hooks import Stage, hookimpl
+from pegbox.types import ConfigSection
+
+if TYPE_CHECKING:
+    from pegbox.context import Context
+    from pegbox.types import Model, ModelOptions, ModulePatch
+
+
+class CompilePlugin:
+    """Patches layers, or the network around them, at the stage `compile`."""
+
+    @hookimpl
+    def register_config(self) -> ConfigSection:
+        from pegbox_compile.config import CompileConfig
+
+        return ConfigSection(schema=CompileConfig)
+
+    @hookimpl
+    def configure_model(self, ctx: Context) -> ModelOptions | None:
+        """Ask nothing of the model: options are compared with those torch has, before weights are read."""
+        from pegbox_compile.config import CompileConfig
+        from pegbox_compile.patching import check
+
+        check(ctx.section(CompileConfig))
+        return None
+
+    @hookimpl
+    def patch_modules(self, ctx: Context, model: Model, stage: Stage) -> Sequence[ModulePatch]:
+        from pegbox_compile.config import CompileConfig
+
+        config = ctx.section(CompileConfig)
+        if stage != "compile" or model.role not in config.roles:
+            return []
+        from pegbox_compile.patching import patches
+
+        return patches(config, model)

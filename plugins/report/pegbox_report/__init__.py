@@ -1,0 +1,1 @@
+"""The command `pegbox report`: a run as one self-contained HTML page."""

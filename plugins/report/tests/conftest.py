@@ -1,0 +1,8 @@
+"""Test files share example_run.py."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
