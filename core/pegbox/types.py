@@ -6,8 +6,8 @@ Shape suffixes of tensor names:
     H  hidden size                V  vocabulary                    S  document borders of a packed micro-batch
     R  rollouts
 
-`targets_BT[b, t]` is the token after position t, or -100 where nothing is trained; the last token of a document is never
-trained. `trained_N` holds the flat indices b * T + t of the trained positions, ascending: no device has to be asked.
+`targets_BT[b, t]` is the token after position t, or -100 where nothing is trained; a document's last token never is.
+`trained_N` holds the flat indices b * T + t of the trained positions, ascending: no device has to be asked.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ class Processor(Record):
 class Example(Record):
     """One tokenized row of T tokens, and columns of its source row by name.
 
-    Labels are not shifted: `labels[t]` is `input_ids[t]` where token t is trained, else -100. `documents` are lengths of
-    the documents packed into this row, summing to T; empty: the row is one document.
+    Labels are not shifted: `labels[t]` is `input_ids[t]` where token t is trained, else -100. `documents` are lengths
+    of the documents packed into this row, summing to T; empty: the row is one document.
     """
 
     input_ids: Sequence[int]

@@ -252,8 +252,8 @@ def test_a_section_of_nothing_installed_names_what_is_near_and_the_pip_line(site
 
 
 def test_a_misspelt_key_of_the_core_is_recognized(compose_text) -> None:
-    assert "Did you mean 'output'?" in mistake(compose_text, "model: {name: m}\nouput: runs/x\n")
-    assert "Did you mean 'plugins'?" in mistake(compose_text, "model: {name: m}\nplugin: [lora]\n")
+    assert "Did you mean 'output'" in mistake(compose_text, "model: {name: m}\nouput: runs/x\n")
+    assert "Did you mean 'plugins'" in mistake(compose_text, "model: {name: m}\nplugin: [lora]\n")
 
 
 def test_a_section_for_a_plugin_without_settings_is_an_error(compose_text) -> None:

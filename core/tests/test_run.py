@@ -192,10 +192,10 @@ class Whole:
 
 
 STORY = [
-    "build_runtime",
     "load_processor",
     "build_dataset train",
     "build_dataset eval",
+    "build_runtime",
     "configure_model",
     "load_model",
     "patch_attention",
@@ -303,11 +303,11 @@ def test_an_ended_run_tells_its_outcome_and_folder(begin) -> None:
     assert whole.events == [RunEnded(outcome=outcome, folder=ctx.folder)]
 
 
-def test_ranks_that_disagree_stop_before_anything_is_read(begin) -> None:
+def test_ranks_that_disagree_stop_before_a_model_is_loaded(begin) -> None:
     whole = Whole(others=("another digest",))
     with pytest.raises(RunError, match=r"ranks \[1\]"):
         execute(begin(whole))
-    assert whole.calls == ["build_runtime", "on_event RunFailed", "closed"]
+    assert whole.calls == [*STORY[: STORY.index("build_runtime") + 1], "on_event RunFailed", "closed"]
 
 
 def test_a_run_without_a_needed_owner_does_not_begin(composed, tmp_path) -> None:

@@ -50,6 +50,9 @@ class HfPlugin:
 
     @hookimpl
     def load_model(self, ctx: Context, request: ModelRequest) -> Model:
+        from pegbox_hf.quiet import hush_neighbours
+
+        hush_neighbours()
         from pegbox_hf.loading import load_model
 
         return load_model(ctx, request)

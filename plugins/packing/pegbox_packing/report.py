@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 LEAKS = {
     "linear_attention": "its linear attention layers carry a state over the whole row",
-    "chunked_attention": "its chunked attention counts chunks from the start of the row",
+    "recurrent": "it has layers that carry a state over the whole row",
 }
 """Traits of models in which a document would see the one before it, whatever the mask."""
 

@@ -51,11 +51,12 @@ LIBRARIES = ("pegbox-core", "pegbox-trainer", "torch", "accelerate", "transforme
 
 @dataclass
 class FolderStore:
-    """The checkpoints of one run (`pegbox.types.CheckpointStore`)."""
+    """The checkpoints of one run (`pegbox.types.CheckpointStore`); the one of step `best` stays when others go."""
 
     ctx: Context
     folder: Path
     keep: int | None
+    best: int | None = None
 
     @classmethod
     def open(cls, ctx: Context) -> FolderStore:
@@ -142,7 +143,8 @@ class FolderStore:
     def _rotate(self) -> None:
         if self.keep is not None:
             for old in self.list()[: -self.keep]:
-                self._delete(old.path)
+                if old.step != self.best:
+                    self._delete(old.path)
 
     def _delete(self, path: Path) -> None:
         doomed = self.folder / f"{TEMPORARY}delete-{path.name}"

@@ -72,6 +72,11 @@ class TrainerConfig(Section):
         100, "How often a checkpoint is saved; null only at the end.", unit="optimizer steps", ge=1
     )
     keep: int | None = setting(2, "How many checkpoints stay; null keeps all.", unit="checkpoints", ge=1)
+    best: str | None = setting(
+        None,
+        "A metric of evaluations, such as eval_loss: the checkpoint where it was best stays, and is what is exported.",
+    )
+    best_is: Literal["lowest", "highest"] = setting("lowest", "Which value of `best` is the best.")
     device: Literal["auto", "cpu"] = setting("auto", "Where to train; auto takes an accelerator if there is one.")
     deterministic: bool = setting(
         False, "Use deterministic algorithms only, so that two runs on one GPU agree bit for bit; slower."
@@ -86,6 +91,16 @@ class TrainerConfig(Section):
     progress: Literal["auto", "bar", "lines", "none"] = setting(
         "auto", "What the run prints; auto is a bar on a terminal and lines elsewhere."
     )
+
+    @model_validator(mode="after")
+    def _best_is_evaluated(self) -> TrainerConfig:
+        if self.best is None and "best_is" in self.model_fields_set:
+            raise ValueError(
+                "best_is says which value of `best` is the best, but best is not set; set it, or remove this"
+            )
+        if self.best is not None and self.eval_every is None:
+            raise ValueError("best needs evaluations to choose from, but eval_every is not set; set it, or remove best")
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainerConfig:

@@ -37,6 +37,7 @@ from pegbox.types import (
 )
 
 from pegbox_trainer.batches import TrainBatches
+from pegbox_trainer.best import BestCheckpoint
 from pegbox_trainer.config import TrainerConfig
 from pegbox_trainer.evaluation import evaluate
 from pegbox_trainer.finiteness import FiniteWatch, StepTrace, without_tensors
@@ -72,6 +73,7 @@ class TrainingLoop:
         self.watch = FiniteWatch(self.runtime, job.train)
         self.file = MetricsFile(ctx.folder / "metrics.jsonl", writes=self.runtime.rank == 0)
         self.progress = RunProgress(self.config.progress, self.total_steps, shown=self.runtime.rank == 0)
+        self.best = BestCheckpoint.of(self.config, job.checkpoints, evaluated=job.eval is not None)
         self.interruption = Interruption()
         self.interrupted = False
         self.wishes = Signal.NONE
@@ -139,9 +141,21 @@ class TrainingLoop:
             self.progress.note("interrupted: saving a checkpoint (Ctrl-C stops at once)")
         if self.step > 0 and (self.checkpoint is None or self.checkpoint.step != self.step):
             self._save()
+        if not interrupted:
+            self._return_to_best()
         stopped = Signal.STOP in self.wishes and not self._complete()
         reason: Any = "interrupted" if interrupted else "stopped" if stopped else "finished"
         return Outcome(reason=reason, step=self.step, metrics=self.latest, checkpoint=self.checkpoint)
+
+    def _return_to_best(self) -> None:
+        """Bring back the weights that evaluated best, for the export."""
+        best = self.best.checkpoint()
+        if best is not None and best.step != self.step:
+            self.placement.load(best.path, self.optimizer)
+            self.latest[f"best_{self.best.metric}"] = self.best.value
+            self.progress.note(
+                f"exporting step {best.step}: its {self.best.metric}, {self.best.value:.4f}, was the best"
+            )
 
     # ---- one step ----
 
@@ -253,6 +267,8 @@ class TrainingLoop:
         self.latest |= metrics
         self.file.append("eval", self.step, metrics)
         self.progress.evaluated(self.step, metrics)
+        if self.step > 0 and self.best.see(self.step, metrics):
+            self._pending |= Signal.SAVE
         self._notify(Evaluated(step=self.step, model=self.job.model, metrics=metrics))
 
     def _save(self) -> None:
@@ -271,6 +287,7 @@ class TrainingLoop:
             "scaler": self.scaler.state_dict(),
             "latest": dict(self.latest),
             "evaluated_at": self.evaluated_at,
+            "best": self.best.state_dict(),
             "metrics_bytes": self.file.size(),
         }
 
@@ -280,6 +297,7 @@ class TrainingLoop:
         self.scaler.load_state_dict(state_dict["scaler"])
         self.latest = dict(state_dict["latest"])
         self.evaluated_at = state_dict["evaluated_at"]
+        self.best.load_state_dict(state_dict["best"])
         self._written = state_dict["metrics_bytes"]
 
     def load_rank_states(self, states: Sequence[dict[str, Any]]) -> None:

@@ -167,6 +167,7 @@ class Meter:
         now = time.perf_counter()
         metrics |= {
             "trained_tokens": self.trained_tokens,
+            "tokens_per_step": tokens / self._steps,
             "tokens_per_s": tokens / max(now - self._since, 1e-9),
         }
         metrics["elapsed_s"] = self.elapsed_s
