@@ -25,6 +25,10 @@ class Signal(enum.Flag):
     EVAL = enum.auto()
 
 
+class RunBegins(Record):
+    """Nothing was read or written yet: what a plugin can see to be wrong, it should raise now and not hours later."""
+
+
 class RunStarted(Record):
     """Everything is built; training begins or goes on at `step`."""
 
@@ -83,4 +87,4 @@ class RunEnded(Record):
     folder: Path
 
 
-Event = RunStarted | GradientsReady | Stepped | Logged | Evaluated | CheckpointSaved | RunFailed | RunEnded
+Event = RunBegins | RunStarted | GradientsReady | Stepped | Logged | Evaluated | CheckpointSaved | RunFailed | RunEnded

@@ -24,10 +24,7 @@ def log_to_terminal(rank: int) -> None:
 
 def show(plan: Plan, *, as_json: bool) -> None:
     """Print a whole plan."""
-    if as_json:
-        print(json.dumps(plan.to_json(), indent=1, default=str))
-    else:
-        _print_tables(_tables(plan))
+    print(json.dumps(plan.to_json(), indent=1, default=str)) if as_json else _print_tables(_tables(plan))
 
 
 def show_short(ctx: Context) -> None:

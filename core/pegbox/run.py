@@ -6,7 +6,7 @@ from pegbox import hooks
 from pegbox.assembly import model_request, prepare_model
 from pegbox.context import Context
 from pegbox.errors import fail
-from pegbox.events import RunEnded, RunFailed
+from pegbox.events import RunBegins, RunEnded, RunFailed
 from pegbox.folder import claim, resume_point
 from pegbox.merging import merge_groups
 from pegbox.plan import require_training
@@ -28,6 +28,7 @@ def execute(ctx: Context) -> Outcome:
 
 
 def _story(ctx: Context) -> Outcome:
+    ctx.notify(RunBegins())
     claim(ctx.folder, ctx.config.run.resume)
     ctx.processor = ctx.call(hooks.load_processor, ctx)
     train = ctx.call(hooks.build_dataset, ctx, ctx.processor, "train")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pegbox import hooks
+from pegbox.events import RunBegins
 from pegbox.merging import merge_groups
 from pegbox.plan import compose
 from pegbox.testing.tiny import tiny_batches, tiny_model
@@ -30,17 +31,24 @@ def build(model: Model, **settings: Any) -> Optimization:
     section = {"schedule": "constant", **settings}
     ctx = compose({"model": {"name": "tiny"}, "plugins": ["optim", PLUGIN], "optim": section})
     ctx.total_steps = 8
-    ctx.each(hooks.configure_model, ctx)
+    ctx.notify(RunBegins())
     groups = merge_groups(model, ctx.each(hooks.configure_groups, ctx, model))
     return ctx.call(hooks.build_optimizer, ctx, model, groups)
 
 
 def train(model: Model, optimizer: Any, steps: range) -> None:
     for step in steps:
-        logps = model.compute(model.module, tiny_batches(seed=step)[0], frozenset({"logps"})).logps_N
+        batch = tiny_batches(seed=step)[0].to(next(model.module.parameters()).device)
+        logps = model.compute(model.module, batch, frozenset({"logps"})).logps_N
         (-logps.mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def tiny_on(device: str, seed: int = 0) -> Model:
+    model = tiny_model(seed=seed)
+    model.module.to(device)
+    return model
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
@@ -55,10 +63,10 @@ def built() -> Callable[..., Optimization]:
 
 @pytest.fixture
 def equals() -> Callable[..., None]:
-    """`equals(settings, direct)`: three steps give the same bits as `direct(parameters)` used by hand."""
+    """`equals(settings, direct, device)`: three steps give the same bits as `direct(parameters)` used by hand."""
 
-    def check(settings: dict[str, Any], direct: Callable[[list[nn.Parameter]], Any]) -> None:
-        ours, theirs, start = tiny_model(), tiny_model(), tiny_model()
+    def check(settings: dict[str, Any], direct: Callable[[list[nn.Parameter]], Any], device: str = "cpu") -> None:
+        ours, theirs, start = tiny_on(device), tiny_on(device), tiny_on(device)
         train(ours, build(ours, decay_all=True, **settings).optimizer, range(3))
         train(theirs, direct(list(theirs.module.parameters())), range(3))
         assert same_weights(ours.module, theirs.module)
@@ -69,10 +77,10 @@ def equals() -> Callable[..., None]:
 
 @pytest.fixture
 def resumes(tmp_path: Path) -> Callable[..., None]:
-    """`resumes(settings)`: four steps, a checkpoint read without running code, four more: the bits of eight steps."""
+    """`resumes(settings, device)`: four steps, a checkpoint read safely, four more: the bits of eight steps."""
 
-    def check(settings: dict[str, Any]) -> None:
-        whole, first, second = tiny_model(), tiny_model(), tiny_model(seed=5)
+    def check(settings: dict[str, Any], device: str = "cpu") -> None:
+        whole, first, second = tiny_on(device), tiny_on(device), tiny_on(device, seed=5)
         train(whole, build(whole, **settings).optimizer, range(8))
         made = build(first, **settings)
         train(first, made.optimizer, range(4))

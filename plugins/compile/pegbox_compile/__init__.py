@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pegbox.events import Event, RunBegins
 from pegbox.hooks import Stage, hookimpl
 from pegbox.types import ConfigSection
 
 if TYPE_CHECKING:
     from pegbox.context import Context
-    from pegbox.types import Model, ModelOptions, ModulePatch
+    from pegbox.types import Model, ModulePatch
 
 
 class CompilePlugin:
@@ -23,13 +24,13 @@ class CompilePlugin:
         return ConfigSection(schema=CompileConfig)
 
     @hookimpl
-    def configure_model(self, ctx: Context) -> ModelOptions | None:
-        """Ask nothing of the model: options are compared with those torch has, before weights are read."""
-        from pegbox_compile.config import CompileConfig
-        from pegbox_compile.patching import check
+    def on_event(self, ctx: Context, event: Event) -> None:
+        """Compare options with those torch has before anything is read."""
+        if isinstance(event, RunBegins):
+            from pegbox_compile.config import CompileConfig
+            from pegbox_compile.patching import check
 
-        check(ctx.section(CompileConfig))
-        return None
+            check(ctx.section(CompileConfig))
 
     @hookimpl
     def patch_modules(self, ctx: Context, model: Model, stage: Stage) -> Sequence[ModulePatch]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from pegbox import hooks
 from pegbox.errors import ConfigError
+from pegbox.events import RunBegins
 from pegbox.patches import PatchLog
 from pegbox.plan import compose
 from pegbox.testing.tiny import tiny_batches, tiny_model
@@ -115,7 +116,7 @@ def test_other_roles_are_compiled_only_if_named() -> None:
 def test_what_torch_does_not_have_is_refused_before_weights_are_read(settings: dict[str, Any], says: str) -> None:
     def checked() -> None:
         ctx = compose({"model": {"name": "tiny"}, "plugins": ["compile"], "compile": settings})
-        ctx.each(hooks.configure_model, ctx)
+        ctx.notify(RunBegins())
 
     with pytest.raises(ConfigError, match=says):
         checked()

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from typing import TYPE_CHECKING
 
-from pegbox.events import Event, RunEnded
+from pegbox.events import Event, RunBegins, RunEnded
 from pegbox.hooks import hookimpl
 from pegbox.types import ConfigSection
 
 if TYPE_CHECKING:
     from pegbox.context import Context
-    from pegbox.types import Processor
 
 
 class HubPlugin:
@@ -23,17 +21,13 @@ class HubPlugin:
 
         return ConfigSection(schema=HubConfig)
 
-    @hookimpl(wrapper=True)
-    def load_processor(self, ctx: Context) -> Generator[None, Processor, Processor]:
-        """The first thing that a run does; what would make the push fail should stop it here, not hours later."""
-        from pegbox_hub.config import HubConfig
-        from pegbox_hub.push import require_login
-
-        require_login(ctx.section(HubConfig))
-        return (yield)
-
     @hookimpl
     def on_event(self, ctx: Context, event: Event) -> None:
+        if isinstance(event, RunBegins):
+            from pegbox_hub.config import HubConfig
+            from pegbox_hub.push import require_login
+
+            require_login(ctx.section(HubConfig))
         if isinstance(event, RunEnded) and event.outcome.reason != "interrupted" and ctx.runtime.rank == 0:
             from pegbox_hub.config import HubConfig
             from pegbox_hub.push import push

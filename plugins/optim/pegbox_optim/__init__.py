@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pegbox.events import Event, RunBegins
 from pegbox.hooks import hookimpl
 from pegbox.types import ConfigSection, Item
 
@@ -67,11 +68,12 @@ class OptimPlugin:
         return optimizers + schedules
 
     @hookimpl
-    def configure_model(self, ctx: Context) -> None:
-        """Ask nothing of the model: this is where a config is checked as a whole before weights are read."""
-        from pegbox_optim.items import check
+    def on_event(self, ctx: Context, event: Event) -> None:
+        """Check the optimizer's and the schedule's options before anything is read."""
+        if isinstance(event, RunBegins):
+            from pegbox_optim.items import check
 
-        check(ctx)
+            check(ctx)
 
     @hookimpl
     def configure_groups(self, ctx: Context, model: Model) -> Sequence[GroupOptions]:

@@ -12,7 +12,7 @@ import torch
 from pegbox import hooks
 from pegbox.context import Context
 from pegbox.errors import ConfigError, PluginError, UserError
-from pegbox.events import Event, Stepped
+from pegbox.events import Event, RunBegins, Stepped
 from pegbox.hooks import hookimpl
 from pegbox.merging import merge_groups
 from pegbox.plan import compose
@@ -48,7 +48,7 @@ def context(steps: int | None = 8, **settings: Any) -> Context:
 
 def built(model: Model, steps: int | None = 8, **settings: Any) -> Optimization:
     ctx = context(steps, **settings)
-    ctx.each(hooks.configure_model, ctx)
+    ctx.notify(RunBegins())
     return ctx.call(
         hooks.build_optimizer, ctx, model, merge_groups(model, ctx.each(hooks.configure_groups, ctx, model))
     )
@@ -252,7 +252,7 @@ def test_muon_without_a_hidden_matrix_is_an_error() -> None:
 def test_what_does_not_fit_is_refused_before_the_model_is_loaded(settings: dict[str, Any], says: str) -> None:
     ctx = context(**settings)
     with pytest.raises(ConfigError, match=says):
-        ctx.each(hooks.configure_model, ctx)
+        ctx.notify(RunBegins())
 
 
 @pytest.mark.parametrize(
