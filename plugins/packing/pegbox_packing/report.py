@@ -41,4 +41,5 @@ def fullness(job: Job) -> Iterator[str]:
         if isinstance(rows, PackedRows):
             bins = rows.bins(range(len(rows)))
             full = rows.lengths.sum() / (len(bins) * rows.capacity)
-            yield f"{rows.split}: {len(rows):,} rows in {len(bins):,} bins of {rows.capacity:,} tokens, {full:.1%} full"
+            boxes = f"{len(bins):,} {'bin' if len(bins) == 1 else 'bins'} of {rows.capacity:,} tokens"
+            yield f"{rows.split}: {len(rows):,} rows in {boxes}, {full:.1%} full"

@@ -12,6 +12,7 @@ TITLES = {
     "grad_norm": ("Gradient norm", "before clipping", ""),
     "learning_rate": ("Learning rate", "of the first group", ""),
     "tokens_per_s": ("Tokens per second", "all processes", ""),
+    "tokens_per_step": ("Tokens per step", "all processes", ""),
     "peak_memory_bytes": ("Memory", "peak on the first device", "bytes"),
     "loss_scale": ("Loss scale", "fp16", ""),
 }

@@ -121,7 +121,9 @@ class TrainBatches(RowBatches):
     @property
     def epoch(self) -> float | None:
         """Passes over the data so far; None for a stream."""
-        return None if self._spans else self._window + self._taken / len(self._windows.window(self._window).bins)
+        if self._spans:
+            return None
+        return self._window + (self._taken / len(self._windows.window(self._window).bins) if self._taken else 0.0)
 
     def __iter__(self) -> Iterator[Sequence[Batch]]:
         while self._step < (self.total_steps or 0) and (bins := self._next_bins()):

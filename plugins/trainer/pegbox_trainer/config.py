@@ -9,6 +9,7 @@ from pegbox.section import Section, setting
 from pydantic import model_validator
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+SAVE_EVERY = 100
 
 
 class GradientProofConfig(Section):
@@ -69,7 +70,13 @@ class TrainerConfig(Section):
     eval_at_start: bool = setting(False, "Evaluate before the first step.")
     eval_at_end: bool = setting(True, "Evaluate after the last step, if there are held-out rows.")
     save_every: int | None = setting(
-        100, "How often a checkpoint is saved; null only at the end.", unit="optimizer steps", ge=1
+        SAVE_EVERY, "How often a checkpoint is saved; null only at the end.", unit="optimizer steps", ge=1
+    )
+    evals_per_epoch: int | None = setting(
+        None, "Evaluations in each pass over the data, evenly spread; instead of eval_every.", unit="1/epoch", ge=1
+    )
+    saves_per_epoch: int | None = setting(
+        None, "Checkpoints in each pass over the data, evenly spread; instead of save_every.", unit="1/epoch", ge=1
     )
     keep: int | None = setting(2, "How many checkpoints stay; null keeps all.", unit="checkpoints", ge=1)
     best: str | None = setting(
@@ -94,17 +101,27 @@ class TrainerConfig(Section):
 
     @model_validator(mode="after")
     def _best_is_evaluated(self) -> TrainerConfig:
-        if self.best is None and "best_is" in self.model_fields_set:
+        if self.best is None and self.best_is != "lowest":
             raise ValueError(
                 "best_is says which value of `best` is the best, but best is not set; set it, or remove this"
             )
-        if self.best is not None and self.eval_every is None:
+        if self.best is not None and self.eval_every is None and self.evals_per_epoch is None:
             raise ValueError("best needs evaluations to choose from, but eval_every is not set; set it, or remove best")
         return self
 
     @model_validator(mode="after")
+    def _one_cadence(self) -> TrainerConfig:
+        if self.evals_per_epoch is not None and self.eval_every is not None:
+            raise ValueError(
+                "eval_every and evals_per_epoch are both set; both say when to evaluate; remove one of them"
+            )
+        if self.saves_per_epoch is not None and self.save_every not in (None, SAVE_EVERY):
+            raise ValueError("save_every and saves_per_epoch are both set; both say when to save; remove one of them")
+        return self
+
+    @model_validator(mode="after")
     def _one_length(self) -> TrainerConfig:
-        if self.batch is not None and "accumulation" in self.model_fields_set:
+        if self.batch is not None and self.accumulation != 1:
             raise ValueError(
                 f"batch is {self.batch} and accumulation is {self.accumulation}; "
                 "both say how many rows a step takes; remove one of them"

@@ -13,6 +13,7 @@ The loop never waits for the device between two logged steps, evaluations or che
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,7 @@ class TrainingLoop:
         self.checkpoint: Checkpoint | None = None
         self._pending = Signal.NONE
         self._written = 0
+        self._passed = (0.0, 0.0)
 
     def run(self) -> Outcome:
         """Train to the end, or until a signal or an observer stops it."""
@@ -101,17 +103,25 @@ class TrainingLoop:
     # ---- begin and end ----
 
     def _begin(self) -> None:
-        if self.job.eval is None and (self.config.eval_every or self.config.eval_at_start):
+        config = self.config
+        if self.job.eval is None and (config.eval_every or config.evals_per_epoch or config.eval_at_start):
             raise ConfigError(
                 "trainer asks for evaluation (eval_every or eval_at_start), but there are no held-out rows",
                 "There is nothing to evaluate on.",
                 "Name held-out rows in the data section, or remove the setting.",
+            )
+        if getattr(self.job.train, "epoch", None) is None and (config.evals_per_epoch or config.saves_per_epoch):
+            raise ConfigError(
+                "trainer.evals_per_epoch or saves_per_epoch is set, but the training rows are a stream",
+                "A stream has no epochs that could be divided.",
+                "Set trainer.eval_every and trainer.save_every.",
             )
         seed_process(self.ctx.rng("trainer/process", self.runtime.rank))
         self.ctx.register_state("trainer/loop", self)
         if self.job.resume is not None:
             self.job.checkpoints.restore(self.job.resume, self.job.model, self.job.optimization)
             self.checkpoint = self.job.resume
+        self._passed = (self._epoch(), self._epoch())
         self.file.cut(self._written)
         self._introduce()
         self._notify(RunStarted(job=self.job, step=self.step))
@@ -198,13 +208,17 @@ class TrainingLoop:
     def _act_on_step(self) -> None:
         """Log, evaluate and save where it is due or asked for; `_finish` does what the last step needs."""
         self.progress.step(self.step)
-        if self._due(self.config.log_every):
+        self._passed = (self._passed[1], self._epoch())
+        config = self.config
+        if self._due(config.log_every):
             self._log()
         self._agree(at_once=False)
-        if self.job.eval is not None and (self._due(self.config.eval_every) or Signal.EVAL in self.wishes):
+        evaluates = self._due(config.eval_every, config.evals_per_epoch) or Signal.EVAL in self.wishes
+        if self.job.eval is not None and evaluates:
             self._evaluate()
             self._agree(at_once=True)
-        if not self._complete() and (self._due(self.config.save_every) or Signal.SAVE in self.wishes):
+        saves = self._due(config.save_every, config.saves_per_epoch) or Signal.SAVE in self.wishes
+        if not self._complete() and saves:
             self._save()
             self._agree(at_once=True)
         self.wishes &= Signal.STOP
@@ -212,8 +226,15 @@ class TrainingLoop:
     def _complete(self) -> bool:
         return self.total_steps is not None and self.step >= self.total_steps
 
-    def _due(self, every: int | None) -> bool:
+    def _due(self, every: int | None, per_epoch: int | None = None) -> bool:
+        if per_epoch is not None:
+            before, now = (math.floor(epochs * per_epoch + 1e-9) for epochs in self._passed)
+            return now > before
         return every is not None and self.step % every == 0
+
+    def _epoch(self) -> float:
+        """Passes over the data so far; 0 for a source that does not count them."""
+        return getattr(self.job.train, "epoch", None) or 0.0
 
     def _notify(self, event: Event) -> None:
         self._pending |= self.ctx.notify(event)

@@ -220,14 +220,22 @@ def test_positions_and_borders_separate_documents_and_padding(rows: list[Example
     assert batch.position_ids_BT.flatten().tolist() == [at for part in parts for at in range(part)]
 
 
-def test_a_micro_batch_without_rows_is_one_untrained_padding_token() -> None:
+def test_a_micro_batch_without_rows_is_untrained_padding() -> None:
     batch = collate([], PAD, str)
-    assert batch.input_ids_BT.tolist() == [[PAD]]
-    assert batch.targets_BT.tolist() == [[UNTRAINED]]
+    assert set(batch.input_ids_BT.flatten().tolist()) == {PAD}
+    assert set(batch.targets_BT.flatten().tolist()) == {UNTRAINED}
     assert batch.trained_tokens == 0
     assert batch.rows == ()
     source = TrainBatches(context(rank=0, ranks=4, micro_batch=1), rows_of(1))
     assert [source.describe(batch) for batch in next(iter(source))] == ["no row"]
+
+
+def test_a_micro_batch_without_rows_is_packed_where_the_others_of_its_step_are() -> None:
+    batch = collate([], PAD, str, packed=True)
+    assert batch.cu_seqlens_S is not None
+    assert batch.position_ids_BT is not None
+    assert (batch.cu_seqlens_S.tolist(), batch.position_ids_BT.tolist()) == ([0, 2], [[0, 1]])
+    assert batch.trained_tokens == 0
 
 
 def test_arrays_and_lists_make_the_same_batch() -> None:

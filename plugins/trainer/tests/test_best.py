@@ -60,3 +60,29 @@ def test_an_evaluation_before_the_first_step_is_not_the_best(config: Any, tmp_pa
 def test_what_cannot_be_chosen_is_an_error(config: Any, keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run(config(**{**KEYS, **keys}))
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_evaluations_and_checkpoints_spread_over_the_epochs(config: Any, tmp_path: Path, resumed: bool) -> None:
+    # 48 rows in steps of 4: 12 steps make an epoch, so thirds end at steps 4, 8, 12 ...
+    keys = {"epochs": 2, "batch": 4, "evals_per_epoch": 3, "saves_per_epoch": 2, "keep": None, "save_every": 100}
+    keys["tiny"] = {"rows": 48, "eval_rows": 7}
+    if resumed:
+        run(config(**{**keys, "max_steps": 7, "epochs": None}, adamw={"schedule": "constant"}))
+    run(config(**keys, resume="auto", adamw={"schedule": "constant"}))
+    assert [step for step in evaluations(tmp_path / "run") if step != 7] == [4, 8, 12, 16, 20, 24]
+    saved = sorted(int(path.name[5:]) for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert [step for step in saved if step != 7] == [6, 12, 18, 24]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"evals_per_epoch": 1, "eval_every": 3}, "both say when to evaluate"),
+        ({"saves_per_epoch": 1, "save_every": 3}, "both say when to save"),
+        ({"saves_per_epoch": 1, "max_steps": 3, "tiny": {"stream": True}, "save_every": 100}, "are a stream"),
+    ],
+)
+def test_a_cadence_that_cannot_be_is_an_error(config: Any, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(config(**keys))

@@ -45,6 +45,7 @@ def test_events_come_in_order(config: Any) -> None:
     observer = Observer()
     run(config(max_steps=2, eval_every=2, save_every=1, tiny={"eval_rows": 3}, plugins=["o"]), o=observer)
     assert observer.seen == [
+        ("RunBegins", -1),
         ("RunStarted", 0),
         ("GradientsReady", 1),
         ("Stepped", 1),
