@@ -70,12 +70,13 @@ class Item(Record):
 
 
 class Runtime(Protocol):
-    """Devices and processes of a run."""
+    """Devices and processes of a run; `precision` is the arithmetic of forwards."""
 
     rank: int
     local_rank: int
     world_size: int
     device: device
+    precision: Literal["fp32", "bf16", "fp16"]
 
     def barrier(self) -> None: ...
     def gather_objects(self, value: object) -> list[object]:

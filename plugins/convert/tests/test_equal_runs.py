@@ -1,0 +1,183 @@
+"""A converted config trains as the original: losses of every step beside those of TRL, on the same tiny model and rows.
+
+TRL runs as its script does: the file goes through its parser, and the objects into its SFTTrainer. Adapters begin with
+the same first factors on both sides, because each program draws its own.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from pegbox.plan import compose
+from pegbox.run import execute
+from pegbox_convert.converting import convert_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+pytestmark = pytest.mark.slow
+
+TEMPLATE = (
+    "{#- generation blocks are exact -#}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOLERANCE = 1e-5
+COMMON = {
+    "model_name_or_path": "tiny",
+    "dataset_name": "rows",
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "train_sampling_strategy": "sequential",
+    "max_steps": 5,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+}
+CHAT = [
+    {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": "word " * (n % 5 + 1)}]}
+    for n in range(20)
+]
+PAIRS = [{"prompt": f"number {n} is ", "completion": "even" * (n % 3 + 1)} for n in range(20)]
+TEXTS = [{"text": "once upon a time " * (n % 4 + 1)} for n in range(20)]
+RUNS = {
+    "all parameters, answers of conversations, cosine": (
+        CHAT,
+        {
+            "assistant_only_loss": True,
+            "learning_rate": "3e-3",
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 2,
+            "weight_decay": 0.1,
+            "adam_beta2": 0.95,
+            "max_grad_norm": 0.5,
+        },
+    ),
+    "whole conversations, defaults": (CHAT, {"learning_rate": 1e-2}),
+    "an adapter, completions": (
+        PAIRS,
+        {
+            "use_peft": True,
+            "lora_r": 4,
+            "lora_alpha": 16,
+            "use_rslora": True,
+            "lora_dropout": 0.0,
+            "learning_rate": 2e-2,
+            "completion_only_loss": True,
+        },
+    ),
+    "packed conversations, an epoch in each step": (
+        CHAT,
+        {
+            "packing": True,
+            "max_length": 160,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 8,
+            "learning_rate": 1e-2,
+            "attn_implementation": "eager",
+            "lr_scheduler_type": "constant",
+        },
+    ),
+    "weighted loss, truncated texts": (
+        TEXTS,
+        {"loss_type": "dft", "max_length": 24, "learning_rate": 5e-3, "gradient_checkpointing": False},
+    ),
+}
+SAME_FACTORS = """
+import torch
+from pegbox.hooks import hookimpl
+
+
+class Plugin:
+    @hookimpl(wrapper=True)
+    def apply_adapters(self):
+        model = yield
+        for name, parameter in model.module.named_parameters():
+            if "lora_A" in name:
+                parameter.data.copy_(torch.linspace(-0.2, 0.2, parameter.numel()).view_as(parameter))
+        return model
+"""
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a tiny model and its tokenizer of bytes."""
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    torch.set_num_threads(1)
+    tokens = ["<pad>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<pad>")
+    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    made.chat_template = TEMPLATE
+    made.save_pretrained("tiny")
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(made), eos_token_id=2, pad_token_id=0, **shape)).save_pretrained("tiny")
+    return tmp_path
+
+
+def losses_of_trl(path: Path) -> list[float]:
+    """As `trl sft --config FILE` trains."""
+    from datasets import load_dataset
+    from trl import (
+        DatasetMixtureConfig,
+        ModelConfig,
+        ScriptArguments,
+        SFTConfig,
+        SFTTrainer,
+        TrlParser,
+        get_peft_config,
+    )
+
+    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig))
+    script, training, model, _ = parser.parse_args_and_config(args=["--config", str(path)])
+    training.model_init_kwargs = {"dtype": model.dtype, "attn_implementation": model.attn_implementation}
+    dataset = load_dataset(script.dataset_name)
+    trainer = SFTTrainer(
+        model=model.model_name_or_path,
+        args=training,
+        train_dataset=dataset[script.dataset_train_split],
+        peft_config=get_peft_config(model),
+    )
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_A" in name:
+            parameter.data.copy_(torch.linspace(-0.2, 0.2, parameter.numel()).view_as(parameter))
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def losses_of_pegbox(path: Path) -> list[float]:
+    converted = convert_file(path)
+    assert converted.valid, converted.notes
+    config = converted.config
+    config["output"] = "ours"
+    if "lora" in config["plugins"]:
+        Path("same_factors.py").write_text(SAME_FACTORS)
+        config["plugins"].append("./same_factors.py")
+    execute(compose(config))
+    lines = [json.loads(line) for line in Path("ours/metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == "train"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_converted_config_has_the_losses_of_trl(name: str, workplace: Path) -> None:
+    rows, options = RUNS[name]
+    Path("rows").mkdir()
+    Path("rows/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("trl.yaml").write_text(yaml.safe_dump({**COMMON, **options, "output_dir": "theirs"}))
+    theirs, ours = losses_of_trl(Path("trl.yaml")), losses_of_pegbox(Path("trl.yaml"))
+    assert len(ours) == len(theirs) == 5
+    assert abs(theirs[-1] - theirs[0]) > 100 * TOLERANCE
+    assert ours == pytest.approx(theirs, abs=TOLERANCE)

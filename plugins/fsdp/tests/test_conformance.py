@@ -1,0 +1,7 @@
+from __future__ import annotations
+
+from pegbox.testing import PluginConformance
+
+
+class TestFsdp(PluginConformance):
+    plugin = "fsdp"
