@@ -54,6 +54,7 @@ class Context:
         config: the resolved config.
         plan: who does what.
         folder: the run's output folder.
+        purpose: `rows`: rows are made, and no model is loaded.
         states: what checkpoints save and restore, by `<plugin>/<name>`.
         exit: closed in reverse however the run ends.
         phase_observers: called with each phase that begins.
@@ -66,6 +67,7 @@ class Context:
     kernel: Kernel
     plan: Plan
     folder: Path
+    purpose: Literal["run", "rows"] = "run"
     states: dict[str, Stateful] = field(default_factory=dict)
     exit: ExitStack = field(default_factory=ExitStack)
     runtime: Runtime = field(init=False, repr=False)

@@ -31,10 +31,8 @@ def _free_name(folder: Path) -> str:
 def resume_point(store: CheckpointStore, resume: str | None) -> Checkpoint | None:
     """The checkpoint that `resume` names; None starts from the beginning."""
     checkpoints = {checkpoint.path.name: checkpoint for checkpoint in store.list()}
-    if resume is None or (resume == "auto" and not checkpoints):
-        return None
-    if resume == "auto":
-        return list(checkpoints.values())[-1]
+    if resume in (None, "auto"):
+        return list(checkpoints.values())[-1] if resume and checkpoints else None
     if resume not in checkpoints:
         raise fail("resume-missing", resume=resume, hint=did_you_mean(resume, checkpoints, "Complete checkpoints:"))
     return checkpoints[resume]

@@ -126,12 +126,11 @@ def pegbox(
                 if event.step == STEPS and not save:
                     raise Enough
 
-    sharded = "fsdp" in plugins
     adapter = ["lora"] if trains == "adapter" else []
     config = {
         "model": {"name": str(folder / "base"), "dtype": "bfloat16"},
         "plugins": ["synthetic", "hf", *adapter, "sft", "adamw", "trainer", *plugins],
-        "use": {"load_processor": "synthetic", **({"place_model": "fsdp"} if sharded else {})},
+        "use": {"load_processor": "synthetic", **({"place_model": "fsdp"} if "fsdp" in plugins else {})},
         **({"lora": LORA} if adapter else {}),
         "adamw": {"learning_rate": RATE, "schedule": "constant"},
         "trainer": {

@@ -78,7 +78,6 @@ CONTENDERS = (
     with_packing("lora packed, full recompute", activations={"policy": "full"}),
     with_packing("lora packed, 14 layers recomputed", activations={"policy": 14}),
     with_packing("lora packed, full recompute, offload", activations={"policy": "full", "offload": "cpu"}),
-    with_packing("lora packed, offload alone", activations={"policy": "none", "offload": "cpu"}),
     with_packing("lora packed, compiled layers", compile={}),
     Contender("lora packed, micro-batch 1, chunked head", "lora", merged(PACKED, ALONE)),
     Contender("lora packed, micro-batch 1, whole head", "lora", merged(PACKED, ALONE), whole_head=True),
@@ -93,6 +92,7 @@ CONTENDERS = (
         merged(FULL, PACKED, {"optim": {"name": "paged_adamw_8bit"}}),
         lora=False,
     ),
+    with_packing("lora packed, offload alone", activations={"policy": "none", "offload": "cpu"}),
 )
 
 

@@ -13,7 +13,22 @@ import pytest
     "name",
     [
         "choose-an-owner",
+        "come-from-another-engine",
+        "look-at-masks",
+        "prepare-data",
         "write-a-patch",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in (
+                "after-training",
+                "choose-an-optimizer",
+                "long-corpora",
+                "pack-rows",
+                "quantized-base",
+                "save-memory",
+                "watch-a-run",
+            )
+        ),
         pytest.param("resume-a-run", marks=pytest.mark.slow),
         pytest.param("several-processes", marks=[pytest.mark.slow, pytest.mark.distributed]),
     ],

@@ -46,13 +46,14 @@ def load(base: Path, tmp_path: Path) -> Callable[..., tuple[Context, Model]]:
         plugins: list[str] = PLUGINS,
         adapt: bool = False,
         meta: bool = False,
+        device: str = "cpu",
         model: dict[str, Any] | None = None,
         **bnb: Any,
     ) -> tuple[Context, Model]:
         sections = {"bnb": bnb, "lora": {"r": 4, "init": "gaussian"}}
         config = {"model": {"name": str(name), **(model or {})}, "plugins": plugins, "output": str(tmp_path / "run")}
         ctx = compose({**config, **{key: value for key, value in sections.items() if key in plugins}})
-        ctx.runtime = SimpleNamespace(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+        ctx.runtime = SimpleNamespace(rank=0, local_rank=0, world_size=1, device=torch.device(device))
         tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
         ctx.processor = Processor(tokenizer=tokenizer, pad_id=0, fingerprint="")
         made = ctx.call(hooks.load_model, ctx, model_request(ctx, meta=meta))

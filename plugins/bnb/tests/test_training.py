@@ -26,12 +26,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 Load = Callable[..., tuple[Context, Model]]
 STEPS = 5
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def by_peft(base: Path, kind: str, start: dict[str, torch.Tensor]) -> PreTrainedModel:
+def by_peft(base: Path, kind: str, start: dict[str, torch.Tensor], device: str) -> PreTrainedModel:
     """transformers' and PEFT's own QLoRA, with adapter weights that begin as ours."""
     config = quantization(BnbConfig(kind=kind))
-    network = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.float32)
+    network = AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=config, dtype=torch.float32, device_map={"": device}
+    )
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     wrapped = peft.get_peft_model(network, peft.LoraConfig(r=4, lora_alpha=32, target_modules=names))
     own = dict(wrapped.get_base_model().named_parameters())
@@ -45,17 +48,19 @@ def batches() -> list[Batch]:
     return (tiny_batches() * STEPS)[:STEPS]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=ON_GPU)])
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
-def test_five_steps_equal_those_of_transformers_and_peft(kind: str, base: Path, load: Load) -> None:
-    _, model = load(kind=kind, adapt=True)
-    module = model.module.train()
+def test_five_steps_equal_those_of_transformers_and_peft(kind: str, device: str, base: Path, load: Load) -> None:
+    _, model = load(kind=kind, adapt=True, device=device)
+    module = model.module.to(device).train()
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     frozen = {name: layer.weight.data.clone() for name, layer in quantized_layers(module).items()}
-    theirs = by_peft(base, kind, {name: p.detach().clone() for name, p in trained.items()}).train()
+    theirs = by_peft(base, kind, {name: p.detach().clone() for name, p in trained.items()}, device)
+    theirs = theirs.to(device).train()
     ours_optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
     their_optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-2)
     seen = []
-    for batch in batches():
+    for batch in (made.to(torch.device(device)) for made in batches()):
         loss = -model.compute(module, batch, frozenset({"logps"})).logps_N.mean()
         logits_NV = theirs(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits.flatten(0, 1)
         targets_N = batch.targets_BT.flatten()[batch.trained_N]
@@ -72,13 +77,45 @@ def test_five_steps_equal_those_of_transformers_and_peft(kind: str, base: Path, 
         assert torch.equal(layer.weight.data, frozen[name]), name
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_gradients_after_an_evaluation_are_those_before_it(kind: str, load: Load) -> None:
+    _, model = load(kind=kind, adapt=True)
+    module, batch = model.module.train(), batches()[0]
+    trained = [p for p in module.parameters() if p.requires_grad]
+
+    def gradients() -> list[torch.Tensor]:
+        loss = -model.compute(module.train(), batch, frozenset({"logps"})).logps_N.mean()
+        return list(torch.autograd.grad(loss, trained))
+
+    before = gradients()
+    with torch.no_grad():
+        model.compute(module.eval(), batch, frozenset({"logps"}))
+        module(batch.input_ids_BT[:1, :1])
+    assert any(gradient.any() for gradient in before)
+    for first, second in zip(before, gradients(), strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_an_evaluation_computes_what_training_computes(load: Load) -> None:
+    """Of DoRA, which reads the base's weights besides multiplying by them."""
+    _, model = load()
+    kind = peft.LoraConfig(r=2, use_dora=True, init_lora_weights=False, target_modules=["gate_proj", "q_proj"])
+    module = peft.get_peft_model(model.module, kind)
+    ids = batches()[0].input_ids_BT
+    expected = module.train()(ids).logits.detach()
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(module.eval()(ids).logits, expected)
+
+
 def test_what_is_exported_opens_in_peft_on_the_quantized_base(base: Path, tmp_path: Path, load: Load) -> None:
     ctx, model = load(adapt=True)
     (tmp_path / "out").mkdir()
     ctx.call(hooks.export_model, ctx, model, ExportRequest(folder=tmp_path / "out", format="peft"))
     config = quantization(BnbConfig())
     network = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.float32)
-    opened = peft.PeftModel.from_pretrained(network, tmp_path / "out")
+    # Plain transformers repacks the base on some CPUs for inference, in bfloat16; in training it does not.
+    opened = peft.PeftModel.from_pretrained(network, tmp_path / "out").train()
     ids = torch.arange(20)[None]
     with torch.no_grad():
         torch.testing.assert_close(opened(ids).logits, model.module.eval()(ids).logits)

@@ -13,7 +13,6 @@ from pegbox import hooks
 from pegbox.patches import PatchLog
 from pegbox.plan import compose
 from pegbox.types import Model, ModelRequest
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, LlamaConfig
 
 SHAPE = {
     "vocab_size": 384,
@@ -25,12 +24,13 @@ SHAPE = {
     "head_dim": 16,
     "pad_token_id": 0,
 }
-CONFIGS = {
-    "plain": LlamaConfig(**SHAPE),
-    "tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
-    "scaled": CohereConfig(**SHAPE, logit_scale=0.25),
-    "capped": Gemma2Config(**SHAPE, final_logit_softcapping=5.0),
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("llama", {}),
+    "tied": ("llama", {"tie_word_embeddings": True}),
+    "scaled": ("cohere", {"logit_scale": 0.25}),
+    "capped": ("gemma2", {"final_logit_softcapping": 5.0}),
 }
+"""Model type and further settings of each kind."""
 
 
 @pytest.fixture
@@ -38,9 +38,12 @@ def load(tmp_path: Path) -> Callable[..., Model]:
     """`load("tied", chunk=3)`: a tiny model, its head patched if there is a chunk."""
 
     def make(kind: str = "plain", chunk: int | None = None, **lora: Any) -> Model:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
         torch.manual_seed(0)
         folder = tmp_path / kind
-        AutoModelForCausalLM.from_config(CONFIGS[kind]).save_pretrained(folder)
+        model_type, further = KINDS[kind]
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SHAPE, **further)).save_pretrained(folder)
         plugins = ["hf", *(["chunked-cross-entropy"] if chunk else []), *(["lora"] if lora else [])]
         sections = {"chunked-cross-entropy": {"chunk": chunk}} if chunk else {}
         sections |= {"lora": lora} if lora else {}

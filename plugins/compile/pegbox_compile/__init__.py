@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pegbox.events import Event, RunBegins
+from pegbox.events import Event, RunBegins, RunStarted
 from pegbox.hooks import Stage, hookimpl
 from pegbox.types import ConfigSection
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 class CompilePlugin:
     """Patches layers, or the network around them, at the stage `compile`."""
 
+    _asked = False
+
     @hookimpl
     def register_config(self) -> ConfigSection:
         from pegbox_compile.config import CompileConfig
@@ -25,12 +27,18 @@ class CompilePlugin:
 
     @hookimpl
     def on_event(self, ctx: Context, event: Event) -> None:
-        """Compare options with those torch has before anything is read."""
+        """Compare options with those torch has before anything is read; later, see that a model was compiled."""
         if isinstance(event, RunBegins):
             from pegbox_compile.config import CompileConfig
-            from pegbox_compile.patching import check
+            from pegbox_compile.patching import check, forget_earlier_runs
 
             check(ctx.section(CompileConfig))
+            forget_earlier_runs()
+        elif isinstance(event, RunStarted) and not self._asked:
+            from pegbox_compile.config import CompileConfig
+            from pegbox_compile.patching import no_model
+
+            raise no_model(ctx.section(CompileConfig))
 
     @hookimpl
     def patch_modules(self, ctx: Context, model: Model, stage: Stage) -> Sequence[ModulePatch]:
@@ -41,4 +49,5 @@ class CompilePlugin:
             return []
         from pegbox_compile.patching import patches
 
+        self._asked = True
         return patches(config, model)

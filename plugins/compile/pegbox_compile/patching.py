@@ -78,6 +78,24 @@ def patches(config: CompileConfig, model: Model) -> list[ModulePatch]:
     ]
 
 
+def forget_earlier_runs() -> None:
+    """Drop what an earlier run of this process compiled.
+
+    torch finds graphs by their code and does not look at hooks again: the new run would execute graphs without the
+    hooks that count calls of patched modules, and stop because nothing was counted.
+    """
+    torch._dynamo.reset()
+
+
+def no_model(config: CompileConfig) -> ConfigError:
+    """Training begins, and none of the models it uses has a role that is compiled."""
+    return ConfigError(
+        f"compile.roles is {', '.join(config.roles)}, and this run has no such model",
+        "Nothing would be compiled.",
+        "Add policy, the model that is trained, to compile.roles, or remove compile from plugins.",
+    )
+
+
 def _layer_list(module: Module) -> tuple[str, Module] | None:
     """The outermost list of modules that holds the most parameters, with its name."""
     lists = [

@@ -9,7 +9,7 @@ import pytest
 import torch
 from pegbox import hooks
 from pegbox.errors import ConfigError
-from pegbox.events import RunBegins
+from pegbox.events import RunBegins, RunStarted
 from pegbox.patches import PatchLog
 from pegbox.plan import compose
 from pegbox.testing.tiny import tiny_batches, tiny_model
@@ -91,6 +91,13 @@ def test_generating_compiles_nothing_and_leaves_training_compiled(scope: str) ->
     model.module.train()
     step(model)
     assert counters["stats"]["unique_graphs"] == before
+
+
+def test_a_run_in_which_nothing_is_compiled_does_not_begin() -> None:
+    ctx = compose({"model": {"name": "tiny"}, "plugins": ["compile"], "compile": {"roles": ["teacher"]}})
+    ctx.each(hooks.patch_modules, ctx, tiny_model(), "compile")
+    with pytest.raises(ConfigError, match=r"compile\.roles is teacher, and this run has no such model"):
+        ctx.notify(RunStarted(job=None, step=0))
 
 
 def test_other_roles_are_compiled_only_if_named() -> None:

@@ -255,6 +255,16 @@ def test_rows_of_local_files_decide_the_format_and_paths_follow_the_new_config(
     ]
 
 
+def test_held_out_files_of_a_folder_are_not_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows").mkdir()
+    for split in ("train", "test"):
+        Path(f"rows/{split}.jsonl").write_text('{"text": "a"}\n')
+    Path("trl.yaml").write_text("model_name_or_path: m\ndataset_name: rows\neval_strategy: epoch\n")
+    data = convert_file(Path("trl.yaml")).config["data"]
+    assert (data["train"][0]["split"], data["eval"][0]["split"]) == ("train", "test")
+
+
 def test_datasets_of_llama_factory_are_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
@@ -333,7 +343,8 @@ def test_exit_codes_output_and_json(
             return int(error.code or 0)
         return 0
 
-    source, target = str(FOREIGN / "axolotl-qlora.yaml"), tmp_path / "new" / "config.yaml"
+    source, target = str(tmp_path / "axolotl.yaml"), tmp_path / "new" / "config.yaml"
+    Path(source).write_text((FOREIGN / "axolotl-qlora.yaml").read_text() + "cut_cross_entropy: true\ntf32: true\n")
     assert run(source, "--output", str(target)) == 0
     assert "Not supported yet (2)" in capsys.readouterr().out
     assert parse(target.read_bytes(), "new").data["model"]["name"] == "acme/small-chat-8b"

@@ -15,8 +15,9 @@ import yaml
 from pegbox.plan import compose
 from pegbox.run import execute
 from pegbox_convert.converting import convert_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
 
 pytestmark = pytest.mark.slow
 
@@ -128,7 +129,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def losses_of_trl(path: Path) -> list[float]:
+def trained_by_trl(path: Path) -> Trainer:
     """As `trl sft --config FILE` trains."""
     from datasets import load_dataset
     from trl import (
@@ -149,13 +150,18 @@ def losses_of_trl(path: Path) -> list[float]:
         model=model.model_name_or_path,
         args=training,
         train_dataset=dataset[script.dataset_train_split],
+        eval_dataset=dataset[script.dataset_test_split] if training.eval_strategy != "no" else None,
         peft_config=get_peft_config(model),
     )
     for name, parameter in trainer.model.named_parameters():
         if "lora_A" in name:
             parameter.data.copy_(torch.linspace(-0.2, 0.2, parameter.numel()).view_as(parameter))
     trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return trainer
+
+
+def losses_of_trl(path: Path) -> list[float]:
+    return [entry["loss"] for entry in trained_by_trl(path).state.log_history if "loss" in entry]
 
 
 def losses_of_pegbox(path: Path) -> list[float]:
@@ -167,8 +173,12 @@ def losses_of_pegbox(path: Path) -> list[float]:
         Path("same_factors.py").write_text(SAME_FACTORS)
         config["plugins"].append("./same_factors.py")
     execute(compose(config))
+    return [line["loss"] for line in logged("train")]
+
+
+def logged(kind: str) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in Path("ours/metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if line["kind"] == "train"]
+    return [line for line in lines if line["kind"] == kind]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -181,3 +191,31 @@ def test_a_converted_config_has_the_losses_of_trl(name: str, workplace: Path) ->
     assert len(ours) == len(theirs) == 5
     assert abs(theirs[-1] - theirs[0]) > 100 * TOLERANCE
     assert ours == pytest.approx(theirs, abs=TOLERANCE)
+
+
+BY_THE_BEST = {
+    "by epoch": {"save_strategy": "epoch", "eval_strategy": "epoch", "num_train_epochs": 3, "max_steps": -1},
+    "by epoch, so many steps": {"save_strategy": "epoch", "eval_strategy": "epoch", "max_steps": 13},
+    "saved when best": {"save_strategy": "best", "eval_strategy": "epoch", "metric_for_best_model": "loss"},
+}
+
+
+@pytest.mark.parametrize("name", BY_THE_BEST)
+def test_a_converted_config_evaluates_when_trl_does_and_exports_the_same_best(name: str, workplace: Path) -> None:
+    Path("rows").mkdir()
+    Path("rows/train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in TEXTS))
+    Path("rows/test.jsonl").write_text("".join(json.dumps({"text": f"ZQ%{n}&~XJ" * 3}) + "\n" for n in range(5)))
+    chosen = {"load_best_model_at_end": True, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+    length = {"num_train_epochs": 3, "max_steps": -1}
+    options = {**COMMON, **length, **chosen, **BY_THE_BEST[name], "output_dir": "theirs"}
+    Path("trl.yaml").write_text(yaml.safe_dump(options))
+    theirs = trained_by_trl(Path("trl.yaml"))
+    losses_of_pegbox(Path("trl.yaml"))
+    expected = {entry["step"]: entry["eval_loss"] for entry in theirs.state.log_history if "eval_loss" in entry}
+    found = {entry["step"]: entry["eval_loss"] for entry in logged("eval")}
+    assert list(found) == list(expected)
+    assert list(found.values()) == pytest.approx(list(expected.values()), abs=1e-4)
+    assert theirs.state.best_global_step == min(found, key=found.__getitem__) < theirs.state.global_step
+    weights = theirs.model.state_dict()
+    for key, value in load_file("ours/model.safetensors").items():
+        torch.testing.assert_close(value, weights[key], atol=1e-4, rtol=0)

@@ -55,6 +55,7 @@ def build_for(ctx: Context) -> Built:
         )
     began = time.perf_counter()
     with ctx.exit:
+        ctx.purpose = "rows"  # the owner of load_processor need not prepare for a model
         ctx.processor = ctx.call(hooks.load_processor, ctx)
         datasets = Datasets(ctx, ctx.processor)
         for split in ("train", "eval"):

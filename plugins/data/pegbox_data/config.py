@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from pegbox.section import Section, setting
-from pydantic import JsonValue, model_validator
+from pydantic import JsonValue, ValidationError, model_validator
+from pydantic_core import InitErrorDetails
 
 from pegbox_data.slices import parse_split
 
@@ -60,7 +61,9 @@ class DatasetEntry(Section):
     @model_validator(mode="after")
     def _names_rows(self) -> DatasetEntry:
         if not self.source and not any(self.paths):
-            raise ValueError("neither path nor source is set. Rows must come from somewhere. Set path")
+            # The error of a required key: it names the key, with file and line.
+            missing = InitErrorDetails(type="missing", loc=("path",), input=self.model_dump(exclude_unset=True))
+            raise ValidationError.from_exception_data(type(self).__name__, [missing])
         if self.split is not None:
             parse_split(self.split)
         return self

@@ -19,6 +19,7 @@ from tokenizers.processors import Sequence as Processors
 
 from pegbox_data.findings import Found
 from pegbox_data.tiling import Tiling, tokens_of
+from pegbox_data.words import WordTokenizer
 
 if TYPE_CHECKING:
     from pegbox.types import Processor
@@ -54,6 +55,7 @@ class Encoder:
         self._backend: Tokenizer = backend
         self._bos = _prefix(backend)
         self._tiling = Tiling.of(backend)
+        self._words = WordTokenizer.of(backend) if self._tiling is not None else None
         self._eos: int | None = tokenizer.eos_token_id
         self._bos_id: int | None = tokenizer.bos_token_id
 
@@ -82,15 +84,24 @@ class Encoder:
 
     def encode(self, rows: Sequence[Rendered]) -> list[Encoded]:
         """Tokenize rows in one batch; those that came as tokens are taken as they are."""
-        texts = [row.text for row in rows if row.tokens is None]
+        known = [None if self._words is None or row.tokens is not None else self._words(row.text) for row in rows]
+        texts = [row.text for row, ids in zip(rows, known, strict=True) if row.tokens is None and ids is None]
         if self._tiling is None:
             encodings = iter(self._backend.encode_batch(texts, add_special_tokens=False))
         else:
             encodings = iter(self._backend.encode_batch_fast(texts, add_special_tokens=False))
-        return [_given(row.tokens) if row.tokens is not None else self._row(row, next(encodings)) for row in rows]
+        encoded: list[Encoded] = []
+        for row, ids in zip(rows, known, strict=True):
+            if row.tokens is not None:
+                encoded.append(_given(row.tokens))
+            elif ids is not None:
+                encoded.append(self._row(row, ids, None))
+            else:
+                encoding = next(encodings)
+                encoded.append(self._row(row, np.array(encoding.ids, dtype=np.int32), encoding))
+        return encoded
 
-    def _row(self, row: Rendered, encoding: Encoding) -> Encoded:
-        ids = np.array(encoding.ids, dtype=np.int32)
+    def _row(self, row: Rendered, ids: np.ndarray, encoding: Encoding | None) -> Encoded:
         trained = np.zeros(len(ids), dtype=bool)
         border_tokens = 0
         for first, last, outside in self._ranges(row, ids, encoding):
@@ -111,7 +122,7 @@ class Encoder:
             trained |= np.isin(ids, row.everywhere)
         return Encoded(ids, trained, border_tokens)
 
-    def _ranges(self, row: Rendered, ids: np.ndarray, encoding: Encoding) -> Iterator[tuple[int, int, int]]:
+    def _ranges(self, row: Rendered, ids: np.ndarray, encoding: Encoding | None) -> Iterator[tuple[int, int, int]]:
         """For each span the range of its tokens, and how many reach over its borders."""
         if self._tiling is not None:
             places = self._tiling.places(ids, row.text)
@@ -119,7 +130,8 @@ class Encoder:
                 is_ascii = row.text.isascii()
                 yield from (tokens_of(places, span, row.text, is_ascii) for span in row.spans)
                 return
-            # The fast call reported no characters: this row's are asked for.
+            encoding = None  # nobody reported characters: this row's are asked for
+        if encoding is None:
             encoding = self._backend.encode(row.text, add_special_tokens=False)
         yield from (_tokens(encoding, span, len(row.text)) for span in row.spans)
 

@@ -13,7 +13,8 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from types import MappingProxyType
+from functools import lru_cache
+from types import CodeType, MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError, nodes
@@ -85,14 +86,11 @@ class ChatTemplate:
     def __init__(self, text: str, name: str, variables: Mapping[str, object]) -> None:
         self.text, self.name = text, name
         self._variables = dict(variables)
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
+        environment = _environment()
         self._tag: GenerationTag = environment.extensions[GenerationTag.identifier]  # type: ignore[assignment]
-        self._template = environment.from_string(text)
+        self._template = environment.template_class.from_code(
+            environment, _compiled(text), environment.make_globals(None)
+        )
         self.has_markers = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", text) is not None
         self.exact = self.has_markers and EXACT in text
         self.gaps: dict[object, int] = {}
@@ -141,6 +139,22 @@ class ChatTemplate:
             yield from self._template.root_render_func(context)
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise RenderError(str(error) or type(error).__name__) from error
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+@lru_cache(maxsize=64)
+def _compiled(text: str) -> CodeType:
+    """The code of a template, which every environment of this kind can run: entries of a config share templates."""
+    return _environment().compile(text)
 
 
 def _tojson(

@@ -105,6 +105,12 @@ def opened(tokenizer: PreTrainedTokenizerBase, template: str, options: str) -> R
     return chat.open(chat.fields, ChatOptions.model_validate_json(options), processor_of(tokenizer))
 
 
+@lru_cache
+def encoder_of(tokenizer: PreTrainedTokenizerBase, size: int) -> Encoder:
+    """The encoder of a tokenizer of this size, made once."""
+    return Encoder(processor_of(tokenizer))
+
+
 def train_mask(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[dict[str, Any]],
@@ -115,7 +121,7 @@ def train_mask(
     """Render and tokenize one conversation as the format `chat` does."""
     row = {"messages": messages, **({"tools": tools} if tools else {}), **(columns or {})}
     rendered = opened(tokenizer, str(tokenizer.chat_template), json.dumps(options))(row)
-    with Encoder(processor_of(tokenizer)).session() as encoder:
+    with encoder_of(tokenizer, len(tokenizer)).session() as encoder:
         (encoded,) = encoder.encode([rendered])
         found = tuple(encoder.audit(rendered, encoded))
     return Trained(rendered.text, encoded.ids, encoded.trained, encoded.border_tokens, tokenizer, found)
@@ -201,7 +207,7 @@ def tokenizer_of() -> Callable[[str], PreTrainedTokenizerFast]:
     return tiny_tokenizer_of
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def masked() -> Callable[..., Trained]:
     """`masked(tokenizer, messages, **options)` renders and tokenizes a conversation."""
     return train_mask

@@ -126,7 +126,7 @@ def test_a_dry_run_reads_no_more_than_it_needs(workspace, told):
         ("{train: [{path: a.jsonl}], max_length: 5, min_length: 6}", r"min_length \(6\) is greater"),
         ("{train: [{path: a.jsonl}], overlong: split}", "overlong is split, but max_length is not set"),
         ("{train: [{path: a.jsonl}], workers: 0}", "workers is less than 1"),
-        ("{train: [{format: chat}]}", "neither path nor source"),
+        ("{train: [{format: chat}]}", "data.train.0.path"),
         ("{train: [{path: a.jsonl, split: 'train[a:b]'}]}", r"split is 'train\[a:b\]'"),
         ("{train: [{path: a.jsonl, revision: main}]}", "revision means nothing"),
         ("{train: [{path: a.jsonl, options: {turn: last}}]}", "unknown key 'turn' in the options of the format 'chat'"),

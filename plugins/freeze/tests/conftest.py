@@ -14,8 +14,6 @@ from pegbox.plan import compose
 from pegbox.run import execute
 from pegbox.testing.tiny import TinyExamples, tiny_model
 from pegbox.types import Examples, ExportRequest, Item, Model, Processor
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +34,9 @@ class Tiny:
 
     @hookimpl
     def load_processor(self) -> Processor:
+        from tokenizers import Tokenizer, models
+        from transformers import PreTrainedTokenizerFast
+
         words = Tokenizer(models.WordLevel({"<end>": 0, "word": 7, "<unk>": 1}, unk_token="<unk>"))
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
         return Processor(tokenizer=tokenizer, pad_id=256, fingerprint="tiny")

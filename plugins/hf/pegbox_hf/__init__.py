@@ -59,11 +59,14 @@ class HfPlugin:
 
     @hookimpl
     def patch_modules(self, ctx: Context, model: Model, stage: Stage) -> Sequence[ModulePatch]:
-        """Nothing is replaced; once adapters are there, new tokens must be trained."""
+        """Nothing is replaced; once adapters are there, settings of new tokens and of the export must act."""
         if stage == "adapted":
             from pegbox_hf.tokens import require_trained
 
             require_trained(ctx, model)
+            from pegbox_hf.export import require_whole
+
+            require_whole(ctx, model)
         return ()
 
     @hookimpl

@@ -5,6 +5,14 @@ asks the device whether it could leave it out; either way the host waits for the
 mask torch cannot take its fastest kernel. An implementation that is registered for attention and not for masks gets
 none (transformers' `AttentionInterface`); it is torch's own, chosen for the length of one forward, so that generation,
 which pads on the left, keeps its masks.
+
+Packed rows on a GPU in half precision go further: torch's variable-length attention computes only inside documents,
+from their borders (flash attention, Dao 2023, arXiv:2307.08691). With the dense mask that torch's usual attention would
+need, it computes every pair of tokens of a row, and in transformers the host waits for the device to learn whether a
+row is packed. The implementation stays the network's one from the first packed batch on, because layers that are
+computed again in the backward ask for it there; without borders it is torch's usual one, with its masks.
+
+    B  rows    T  tokens    A  heads    K  heads of keys    D  size of a head    S  document borders
 """
 
 from __future__ import annotations
@@ -12,23 +20,86 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from inspect import signature
 from typing import TYPE_CHECKING
 
-from transformers import AttentionInterface
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from pegbox_hf.documents import mixing_layers
 from pegbox_hf.traits import traits_of_config
 
 if TYPE_CHECKING:
     from pegbox.types import Batch
+    from torch import Tensor
+    from torch.nn import Module
     from transformers import PreTrainedModel
 
 MASKLESS = "sdpa_right_padded"
+DOCUMENTS = "sdpa_documents"
 FACTS = "pegbox_attention_facts"
 NEED_A_MASK = frozenset({"sliding_window", "chunked_attention", "linear_attention"})
 
+HALF = (torch.float16, torch.bfloat16)
+DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+LARGEST_HEAD = 256
+FLASH_CAPABILITY = (8, 0)
+
+
+def document_attention(
+    module: Module,
+    query_BATD: Tensor,
+    key_BKTD: Tensor,
+    value_BKTD: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **more: object,
+) -> tuple[Tensor, None]:
+    """Causal attention inside the documents of packed rows; without borders torch's usual one.
+
+    Args:
+        cu_seq_lens_q: borders of documents in the flattened batch, from 0 to B * T, int32.
+        max_length_q: tokens of the longest document.
+        more: what transformers passes on to every attention.
+
+    Returns:
+        Attended values `_BTAD`, and None for the attention weights.
+    """
+    if cu_seq_lens_q is None or max_length_q is None:
+        attend = sdpa_attention_forward
+        return attend(module, query_BATD, key_BKTD, value_BKTD, attention_mask, scaling=scaling, **more)
+    from torch.nn.attention.varlen import varlen_attn
+
+    rows, _, tokens, _ = query_BATD.shape
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else value_BKTD.dtype
+    flat = (part.transpose(1, 2).flatten(0, 1).to(dtype) for part in (query_BATD, key_BKTD, value_BKTD))
+    borders, longest = (cu_seq_lens_q, cu_seq_lens_q), (max_length_q, max_length_q)
+    attended = varlen_attn(*flat, *borders, *longest, scale=scaling, **_varlen_options())
+    return attended.unflatten(0, (rows, tokens)), None
+
+
+@cache
+def _varlen_options() -> dict[str, object]:
+    """Causal, with fewer heads of keys than of queries, in the words of this torch; empty: it has no such attention."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return {}
+    known = signature(varlen_attn).parameters
+    if not {"window_size", "scale"} <= known.keys():
+        return {}
+    grouped = {"enable_gqa": True} if "enable_gqa" in known else {}
+    return {"window_size": (-1, 0), **grouped}
+
+
 AttentionInterface.register(MASKLESS, sdpa_attention_forward)
+AttentionInterface.register(DOCUMENTS, document_attention)
+AttentionMaskInterface.register(DOCUMENTS, sdpa_mask)
 
 
 @dataclass
@@ -38,12 +109,14 @@ class AttentionFacts:
     Attributes:
         causal_rows: every layer is causal over the whole row.
         chunk: tokens that layers with chunked attention see at once, counted from the start of a row.
+        borders: packed rows on a GPU in half precision can be attended to by the borders of documents.
         packing_proven: documents of one row were seen not to touch each other, with the attention of this name.
         own_masks: packed rows need masks made by us: the network does not make them from positions.
     """
 
     causal_rows: bool
     chunk: int | None
+    borders: bool = False
     packing_proven: str | None = None
     own_masks: bool = False
 
@@ -55,7 +128,9 @@ def facts_of(network: PreTrainedModel) -> AttentionFacts:
         traits = traits_of_config(network.config)
         causal = "causal" in traits and not traits & NEED_A_MASK and not mixing_layers(network)
         chunk = getattr(network.config.get_text_config(), "attention_chunk_size", None)
-        known = AttentionFacts(causal, chunk if "chunked_attention" in traits else None)
+        known = AttentionFacts(
+            causal, chunk if "chunked_attention" in traits else None, causal and _borders_suffice(network)
+        )
         setattr(network, FACTS, known)
     return known
 
@@ -63,9 +138,35 @@ def facts_of(network: PreTrainedModel) -> AttentionFacts:
 def needs_no_mask(network: PreTrainedModel, batch: Batch) -> bool:
     """Whether causality alone gives the right attention: plain rows, every layer causal over the whole row."""
     packed = batch.cu_seqlens_S is not None or batch.position_ids_BT is not None
-    if packed or network.config._attn_implementation != "sdpa":
+    if packed or network.config._attn_implementation not in ("sdpa", DOCUMENTS):
         return False
     return facts_of(network).causal_rows
+
+
+def attend_by_borders(network: PreTrainedModel, batch: Batch) -> None:
+    """Let a network that takes torch's attention take it by documents, where it can: for good, see above."""
+    if network.config._attn_implementation != "sdpa" or batch.input_ids_BT.device.type != "cuda":
+        return
+    autocast = torch.is_autocast_enabled("cuda")
+    dtype = torch.get_autocast_dtype("cuda") if autocast else network.dtype
+    flash = torch.cuda.get_device_capability(batch.input_ids_BT.device) >= FLASH_CAPABILITY
+    if flash and dtype in HALF and facts_of(network).borders:
+        network.config._attn_implementation = DOCUMENTS
+
+
+def no_mask(batch: Batch) -> Tensor:
+    """What a network takes for a mask that is made already, so that it makes none; nothing reads it."""
+    return batch.input_ids_BT.new_empty(1, 1, 1, 1, dtype=torch.bool)
+
+
+def _borders_suffice(network: PreTrainedModel) -> bool:
+    """Whether torch's variable-length attention computes what this network's attention does."""
+    config = network.config.get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    fits = size % 8 == 0 and size <= LARGEST_HEAD
+    plain = not traits_of_config(config) & {"latent_attention", "attention_softcap"}
+    dropout = any(getattr(config, name, None) for name in DROPOUTS)
+    return fits and plain and not dropout and bool(_varlen_options())
 
 
 @contextmanager

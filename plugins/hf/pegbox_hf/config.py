@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from pegbox.section import Section, setting
-from pydantic import JsonValue
+from pydantic import JsonValue, model_validator
 
 Float = Literal["float32", "bfloat16", "float16"]
 SpecialRole = Literal["bos_token", "eos_token", "pad_token", "unk_token"]
@@ -71,3 +71,14 @@ class HfConfig(Section):
         "~/.cache/pegbox/models",
         "Folder that keeps converted GGUF files; a relative path starts at the config's folder.",
     )
+
+    @model_validator(mode="after")
+    def _tokens_are_added(self) -> HfConfig:
+        idle = [name for name in ("new_embeddings", "embedding_multiple") if getattr(self, name) != _default(name)]
+        if idle and not self.new_tokens:
+            raise ValueError(f"{idle[0]} is set, but new_tokens adds none: it would do nothing; remove it")
+        return self
+
+
+def _default(name: str) -> object:
+    return HfConfig.model_fields[name].default

@@ -117,9 +117,15 @@ def crosses(network: PreTrainedModel, change: float) -> RunError:
 
 
 def document_masks(network: PreTrainedModel, batch: Batch) -> object:
-    """Masks of transformers for packed rows, one for each kind of layer, for networks that forget to make them."""
+    """Masks of transformers for packed rows, one for each kind of layer, for networks that forget to make them.
+
+    Given positions, transformers asks the device whether rows are packed, and the host waits; so it gets documents.
+    """
     from transformers import masking_utils
 
+    positions_BT = batch.position_ids_BT
+    starts_BT = torch.diff(positions_BT, prepend=positions_BT[:, :1] - 1, dim=-1) != 1
+    documents = masking_utils.packed_sequence_mask_function(starts_BT.cumsum(-1))
     config = network.config.get_text_config()
     rows, tokens = batch.input_ids_BT.shape
     arguments = {
@@ -127,7 +133,7 @@ def document_masks(network: PreTrainedModel, batch: Batch) -> object:
         "inputs_embeds": torch.empty(rows, tokens, 0, dtype=network.dtype, device=batch.input_ids_BT.device),
         "attention_mask": None,
         "past_key_values": None,
-        "position_ids": batch.position_ids_BT,
+        "and_mask_function": documents,
     }
     kinds = set(getattr(config, "layer_types", None) or ())
     if len(kinds) > 1:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pegbox.errors import ConfigError
+
 from pegbox_hf.config import HfConfig
 from pegbox_hf.forward import bare
 from pegbox_hf.quiet import quiet
@@ -24,6 +26,21 @@ def export_model(ctx: Context, model: Model, request: ExportRequest) -> Path:
         with quiet():
             _write(ctx, model, request.folder)
     return request.folder
+
+
+def require_whole(ctx: Context, model: Model) -> None:
+    """Refuse a data type of the export where an adapter alone is exported, by the plugin that applied it.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    wanted = ctx.section(HfConfig).export_dtype
+    if model.adapter is not None and wanted != "trained":
+        raise ConfigError(
+            f"hf.export_dtype is {wanted}, but this run exports an adapter, not the whole model",
+            "The setting would do nothing.",
+            "Remove it; `pegbox merge` has --dtype for the merged model.",
+        )
 
 
 def _write(ctx: Context, model: Model, folder: Path) -> None:

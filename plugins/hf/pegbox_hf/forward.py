@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from pegbox.errors import RunError
 from pegbox.types import Batch, Need, Outputs
 
-from pegbox_hf.attention import facts_of, needs_no_mask, without_mask
+from pegbox_hf.attention import DOCUMENTS, attend_by_borders, facts_of, needs_no_mask, no_mask, without_mask
 from pegbox_hf.documents import crosses, crossing, document_masks, require_one_chunk, require_separable
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def compute(module: Module, batch: Batch, needs: frozenset[Need]) -> Outputs:
 
 def _require_documents_apart(network: PreTrainedModel, batch: Batch) -> None:
     """Try the network once for each attention it is used with; every rank does so with its first packed batch."""
+    attend_by_borders(network, batch)
     facts, attention = facts_of(network), network.config._attn_implementation
     if facts.chunk is not None:
         require_one_chunk(network, facts.chunk, batch.input_ids_BT.shape[1])
@@ -85,9 +86,14 @@ def _require_documents_apart(network: PreTrainedModel, batch: Batch) -> None:
     def run(trial: Batch) -> Tensor:
         return trunk(network)(**trunk_arguments(network, trial)).last_hidden_state
 
-    facts.own_masks = False
+    # Where a mask is causal and no more, ours is made without asking the device whether rows are packed.
+    facts.own_masks = facts.causal_rows and batch.input_ids_BT.device.type == "cuda"
     change = crossing(network, batch, run)
-    if change and attention in DOCUMENTS_FROM_POSITIONS:
+    if change and attention == DOCUMENTS:
+        facts.borders, attention = False, "sdpa"
+        network.config._attn_implementation = attention
+        change = crossing(network, batch, run)
+    if change and not facts.own_masks and attention in DOCUMENTS_FROM_POSITIONS:
         facts.own_masks = True
         change = crossing(network, batch, run)
     if change:
@@ -127,7 +133,8 @@ def trunk_arguments(network: PreTrainedModel, batch: Batch) -> dict[str, object]
         )
     if network.config._attn_implementation not in DOCUMENTS_FROM_POSITIONS:
         borders = {"cu_seq_lens_q": batch.cu_seqlens_S, "cu_seq_lens_k": batch.cu_seqlens_S}
-        return arguments | {**borders, "max_length_q": batch.max_seqlen, "max_length_k": batch.max_seqlen}
+        mask = {"attention_mask": no_mask(batch)} if network.config._attn_implementation == DOCUMENTS else {}
+        return arguments | {**borders, **mask, "max_length_q": batch.max_seqlen, "max_length_k": batch.max_seqlen}
     if facts_of(network).own_masks:
         arguments["attention_mask"] = document_masks(network, batch)
     return arguments

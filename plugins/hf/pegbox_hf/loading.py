@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from pegbox import hooks
-from pegbox.errors import UserError, did_you_mean
+from pegbox.errors import ConfigError, UserError, did_you_mean
 from pegbox.types import Model
 
-from pegbox_hf.attention import MASKLESS
+from pegbox_hf.attention import DOCUMENTS, MASKLESS
 from pegbox_hf.config import HfConfig
 from pegbox_hf.forward import HEAD, compute
 from pegbox_hf.head import LogitRule, TokenHead, find_rule
@@ -56,6 +56,7 @@ def load_model(ctx: Context, request: ModelRequest) -> Model:
         dtype = wanted_dtype(ctx, request)
         shape_only = request.meta or bool(request.options.empty)
         module = _on_meta(opened, request, dtype) if shape_only else _from_weights(ctx, opened, request, dtype)
+        _keep_layout(module)
         _require_trainable(ctx, request, module)
         _adjust_tokens(ctx, request, module)
         rule = LogitRule() if request.meta else find_rule(module)
@@ -71,6 +72,18 @@ def load_model(ctx: Context, request: ModelRequest) -> Model:
         role=request.role,
         traits=traits_of(module.config, module),
     )
+
+
+def _keep_layout(module: PreTrainedModel) -> None:
+    """Keep 4-bit layers of bitsandbytes in the layout that has a gradient and that PEFT can read.
+
+    On CPUs with AVX512-BF16 the library packs weights anew at the first forward without gradients, such as an
+    evaluation, for a product that has no backward. Nothing packs them back: training goes on without the gradients of
+    all layers before a packed one. And DoRA reads the weights' lengths out of packed bytes as if they were not packed.
+    """
+    for layer in module.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def _adjust_tokens(ctx: Context, request: ModelRequest, module: PreTrainedModel) -> None:
@@ -92,8 +105,15 @@ def wanted_dtype(ctx: Context, request: ModelRequest) -> str:
     """
     import torch
 
+    trainable = ctx.section(HfConfig).trainable_dtype
     if request.role == "policy" and not ctx.owned(hooks.apply_adapters):
-        return ctx.section(HfConfig).trainable_dtype
+        return trainable
+    if request.role == "policy" and trainable != HfConfig.model_fields["trainable_dtype"].default:
+        raise ConfigError(
+            f"hf.trainable_dtype is {trainable}, and a plugin applies an adapter",
+            "It is the data type of a model that is trained whole; this one is frozen under the adapter.",
+            "Remove hf.trainable_dtype; the base's own is model.dtype.",
+        )
     wanted = request.options.dtype or ctx.config.run.model.dtype
     as_stored = torch.accelerator.is_available() or request.options.quantization is not None
     return wanted if wanted != "auto" or as_stored else "float32"
@@ -164,7 +184,7 @@ def _architecture(request: ModelRequest) -> dict[str, object]:
     from transformers import AttentionInterface
 
     wanted = request.options.attention
-    known = {"eager", *AttentionInterface().valid_keys()} - {MASKLESS}
+    known = {"eager", *AttentionInterface().valid_keys()} - {MASKLESS, DOCUMENTS}
     known = {name for name in known if not name.startswith("paged|")}
     if wanted is not None and wanted not in known and "/" not in wanted:
         raise UserError(

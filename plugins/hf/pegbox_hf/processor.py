@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, cast
 
 from pegbox.errors import UserError
 from pegbox.types import Processor
@@ -19,6 +20,7 @@ from pegbox.types import Processor
 from pegbox_hf import gguf_file
 from pegbox_hf.config import HfConfig
 from pegbox_hf.opening import Opened, find, first_line, open_config
+from pegbox_hf.quick import QuickTokenizer, quick_tokenizer
 from pegbox_hf.quiet import quiet
 from pegbox_hf.source import looks_like_path
 from pegbox_hf.template import set_template
@@ -49,6 +51,16 @@ def load_processor(ctx: Context) -> Processor:
         UserError: there is none, it does not open, it knows more tokens than the model has embeddings for, or a
             template or token of the config does not exist.
     """
+    settings = ctx.section(HfConfig)
+    if ctx.purpose == "rows":  # no model will be loaded
+        quickly = quick_tokenizer(ctx, settings, partial(_whole, ctx))
+        if quickly is not None:
+            return _processor(ctx, cast("PreTrainedTokenizerBase", quickly))
+    return _processor(ctx, _whole(ctx))
+
+
+def _whole(ctx: Context) -> PreTrainedTokenizerBase:
+    """The tokenizer that transformers opens, changed as the config says."""
     wanted, settings = ctx.config.run.model, ctx.section(HfConfig)
     with quiet():
         opened = open_config(ctx, wanted.name, wanted.revision)
@@ -58,6 +70,10 @@ def load_processor(ctx: Context) -> Processor:
     add_tokens(tokenizer, settings)
     if settings.chat_template is not None:
         set_template(ctx, tokenizer, settings.chat_template)
+    return tokenizer
+
+
+def _processor(ctx: Context, tokenizer: PreTrainedTokenizerBase) -> Processor:
     padding = pad_id(tokenizer)
     if tokenizer.pad_token_id is None:
         ends = " (also the end token; rows are known by length)" if padding == tokenizer.eos_token_id else ""
@@ -145,5 +161,6 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         model = backend.to_str()
         model = model[model.index('"added_tokens"') :]  # before it: how the last call padded and truncated
     added = {token_id: repr(token) for token_id, token in sorted(tokenizer.added_tokens_decoder.items())}
-    parts = (type(tokenizer).__name__, model, added, tokenizer.special_tokens_map, tokenizer.chat_template)
+    name = tokenizer.class_name if isinstance(tokenizer, QuickTokenizer) else type(tokenizer).__name__
+    parts = (name, model, added, tokenizer.special_tokens_map, tokenizer.chat_template)
     return hashlib.blake2b(json.dumps(parts, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from pegbox import hooks
 from pegbox.context import Context
-from pegbox.errors import UserError
+from pegbox.errors import ConfigError, UserError
 from pegbox.hooks import hookimpl
 from pegbox.merging import merge_options
 from pegbox.plan import compose
@@ -36,8 +36,8 @@ def load(ctx: Context, **request: object) -> Model:
     return ctx.call(hooks.load_model, ctx, asked)
 
 
-def with_adapters(folder: Path, **model: object) -> Context:
-    config = {"model": {"name": str(folder), **model}, "plugins": ["hf", "adapters"]}
+def with_adapters(folder: Path, hf: dict[str, object] | None = None, **model: object) -> Context:
+    config = {"model": {"name": str(folder), **model}, "plugins": ["hf", "adapters"], "hf": hf or {}}
     return compose(config, instances={"adapters": Adapters()})
 
 
@@ -51,6 +51,14 @@ def test_a_loaded_model_says_what_it_is(folder: Path, context: Compose) -> None:
 def test_a_policy_without_adapters_is_trained_in_float32(folder: Path, context: Compose) -> None:
     assert load(context(folder)).module.dtype == torch.float32
     assert load(context(folder, hf={"trainable_dtype": "bfloat16"})).module.dtype == torch.bfloat16
+
+
+def test_dtypes_that_an_adapter_leaves_without_effect_are_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"hf\.trainable_dtype is bfloat16, and a plugin applies an adapter"):
+        load(with_adapters(folder, {"trainable_dtype": "bfloat16"}))
+    ctx = with_adapters(folder, {"export_dtype": "bfloat16"})
+    with pytest.raises(ConfigError, match=r"hf\.export_dtype is bfloat16, but this run exports an adapter"):
+        ctx.each(hooks.patch_modules, ctx, replace(load(ctx), adapter="peft"), "adapted")
 
 
 def test_under_adapters_the_base_keeps_its_dtype(folder: Path) -> None:

@@ -122,6 +122,12 @@ def test_new_rows_begin_as_asked_and_old_rows_stay(
     assert module.config.vocab_size == 384
 
 
+@pytest.mark.parametrize("idle", [{"embedding_multiple": 64}, {"new_embeddings": "sampled"}])
+def test_settings_of_new_tokens_without_any_are_refused(idle: dict[str, object], context: Compose) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(idle))} is set, but new_tokens adds none"):
+        context("tiny", hf=idle)
+
+
 def test_sampled_rows_have_the_spread_of_old_ones_and_depend_on_the_seed_alone(folder: Path, context: Compose) -> None:
     names = [f"<new{number}>" for number in range(400)]
     settings = {"new_tokens": names, "new_embeddings": "sampled"}

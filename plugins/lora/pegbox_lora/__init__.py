@@ -43,7 +43,7 @@ class LoraPlugin:
         from pegbox_lora.learning_rates import group_options
 
         require_only_adapter(model)
-        return group_options(ctx.section(LoraConfig))
+        return group_options(ctx.section(LoraConfig), model)
 
     @hookimpl
     def export_model(self, ctx: Context, model: Model, request: ExportRequest) -> Path:

@@ -84,7 +84,7 @@ def _explained(settings: LoraConfig, model: Model) -> Iterator[None]:
         raise UserError(
             f"PEFT cannot adapt {model.name}: {str(error).splitlines()[0]}",
             wanted if settings.adapter is None else f"lora.adapter is '{settings.adapter}'.",
-            f"Linear layers of this model: {linear}.",
+            f"Linear layers of this model: {linear}. Name those to adapt in lora.targets, or others in lora.exclude.",
         ) from error
 
 

@@ -63,8 +63,10 @@ def _id(ctx: Context, text: str) -> int:
     # A token's text in the vocabulary may be written otherwise: ` the` as `Ġthe`.
     if len(ids) == 1 and ctx.processor.tokenizer.decode(ids) == text:
         return int(ids[0])
+    # All of a vocabulary fits into no message, and in a large one something is near anything.
+    close = did_you_mean(text, vocabulary) if len(vocabulary) < 1000 else ""
     raise UserError(
         f"lora.tokens holds '{text}', which is {len(ids)} tokens of this tokenizer, or an unknown one",
-        did_you_mean(text, vocabulary) if len(vocabulary) < 1000 else "A row belongs to one token.",
+        close if close.startswith("Did") else "A row belongs to one token.",
         "Write one token as the tokenizer has it, or its id.",
     )

@@ -205,6 +205,7 @@ def test_biases_are_trained_if_asked_for(adapt: Adapt) -> None:
     [
         ({"targets": ["q_porj"]}, "'q_porj' matches nothing", "Did you mean 'q_proj'"),
         ({"targets": ["q_proj", "c_attn"]}, "'c_attn' matches nothing", ""),
+        ({"targets": ["zzz"]}, "'zzz' matches nothing", "It would have no effect."),
         ({"targets": r".*\.attention\..*"}, "matches nothing", ""),
         ({"exclude": ["v_porj"]}, r"lora\.exclude: 'v_porj' matches nothing", "'v_proj'"),
         ({"modules_to_save": ["head"]}, r"lora\.modules_to_save: 'head' matches nothing", "'lm_head'"),

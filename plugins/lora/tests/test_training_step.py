@@ -109,7 +109,7 @@ def test_learning_rates_are_those_of_lora_plus(settings: dict, adapt: Adapt) -> 
 
 def test_a_learning_rate_for_nothing_is_an_error(adapt: Adapt) -> None:
     ctx, model = adapt(tiny_model(), embedding_lr=1e-5)
-    with pytest.raises(PegboxError, match="lora_embedding"):
+    with pytest.raises(PegboxError, match=r"lora\.embedding_lr is set, but no adapter is on an embedding"):
         merge_groups(model, ctx.each(hooks.configure_groups, ctx, model))
 
 

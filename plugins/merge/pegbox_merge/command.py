@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,6 +27,7 @@ def merge(
     ] = None,
 ) -> None:
     """Merge a run's adapter into its base model, and check that it still is the model that was trained."""
+    _hush_neighbours()
     from pegbox_merge.fidelity import check, read_probes
     from pegbox_merge.merging import MergeRequest, write_merged
     from pegbox_merge.runs import open_run
@@ -39,3 +41,9 @@ def merge(
         typer.echo("not checked (--no-check); merge.json says so")
         return
     typer.echo(str(check(trained, done, prompts)))
+
+
+def _hush_neighbours() -> None:
+    """PEFT imports these libraries wherever they are installed, and they tell of kernels that a merge does not use."""
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)

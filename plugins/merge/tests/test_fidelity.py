@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from pegbox.errors import RunError, UserError
-from pegbox_merge.fidelity import check, read_probes
+from pegbox_merge.fidelity import _same_top, check, read_probes
 from pegbox_merge.merging import Merged, MergeRequest, write_merged
 from pegbox_merge.runs import Trained, open_run
-from pegbox_merge.verdict import Figures
+from pegbox_merge.verdict import LIMITS, Figures
 from safetensors.torch import load_file, save_file
 
 Made = tuple[Trained, Merged]
@@ -84,6 +84,13 @@ def test_a_small_adapter_that_was_forgotten_is_caught(bases: Callable, adapter_o
     forget_all_adapters((trained, done))
     with pytest.raises(RunError, match="more than a quarter of what training changed"):
         check(trained, done)
+
+
+def test_tokens_that_change_places_by_rounding_logits_to_bfloat16_count_as_the_same() -> None:
+    logits_TV = 16 + 16 * torch.rand(4000, 50, generator=torch.Generator().manual_seed(0))
+    exact_TV, rounded_TV = (made.log_softmax(-1) for made in (logits_TV, logits_TV.bfloat16().float()))
+    assert not torch.equal(exact_TV.argmax(-1), rounded_TV.argmax(-1))
+    assert _same_top(exact_TV, rounded_TV, LIMITS["bfloat16"].near).all()
 
 
 def test_figures_that_are_no_numbers_fail() -> None:

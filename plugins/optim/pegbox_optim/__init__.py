@@ -21,6 +21,8 @@ OPTIMIZERS = {
     "adamw": "AdamW of torch, fused.",
     "sgd": "Stochastic gradient descent of torch.",
     "adafactor": "Adafactor of torch: its state is a row and a column for each matrix.",
+    "rmsprop": "RMSprop of torch.",
+    "adagrad": "Adagrad of torch.",
     "muon": "Muon of torch for hidden matrices, AdamW for the rest.",
 }
 

@@ -5,6 +5,8 @@
 | `adamw` | Loshchilov and Hutter, arXiv:1711.05101 |
 | `sgd` | stochastic gradient descent, with momentum |
 | `adafactor` | Shazeer and Stern, arXiv:1804.04235: the second average is kept as a row and a column |
+| `rmsprop` | Tieleman and Hinton 2012: the gradient over the root of its average square |
+| `adagrad` | Duchi et al. 2011: the gradient over the root of the sum of its squares |
 | `muon` | Jordan et al. 2024 and Liu et al., arXiv:2502.16982: see muon.py |
 """
 
@@ -111,6 +113,49 @@ class Adafactor(Record):
         return TorchAdafactor(groups, beta2_decay=options.beta2_decay, eps=eps, d=options.clip)
 
 
+class RmspropOptions(Section):
+    """Options of `rmsprop`."""
+
+    alpha: Beta = setting(0.99, "Decay rate of the average of the squared gradient.", unit="1")
+    eps: float = setting(1e-8, "Added to the root of the average before dividing by it.", unit="1", gt=0)
+    momentum: float = setting(0.0, "Decay rate of the running update.", unit="1", ge=0, lt=1)
+    centered: bool = setting(False, "Divide by the spread of the gradient, without its mean.")
+
+
+class Rmsprop(Record):
+    """RMSprop of torch; its weight decay is added to the gradient."""
+
+    options: type[Section] = RmspropOptions
+    schedules: tuple[str, ...] | None = None
+
+    def build(self, ctx: Context, model: Model, groups: Sequence[dict[str, Any]], options: RmspropOptions) -> Optimizer:
+        from torch.optim import RMSprop
+
+        return RMSprop(groups, **options.model_dump())
+
+
+class AdagradOptions(Section):
+    """Options of `adagrad`."""
+
+    lr_decay: float = setting(
+        0.0, "The learning rate of step t is divided by 1 + (t - 1) times this.", unit="1 / optimizer steps", ge=0
+    )
+    initial_accumulator_value: float = setting(0.0, "What the sum of squared gradients begins with.", unit="1", ge=0)
+    eps: float = setting(1e-10, "Added to the root of the sum before dividing by it.", unit="1", gt=0)
+
+
+class Adagrad(Record):
+    """Adagrad of torch; its weight decay is added to the gradient."""
+
+    options: type[Section] = AdagradOptions
+    schedules: tuple[str, ...] | None = None
+
+    def build(self, ctx: Context, model: Model, groups: Sequence[dict[str, Any]], options: AdagradOptions) -> Optimizer:
+        from torch.optim import Adagrad as TorchAdagrad
+
+        return TorchAdagrad(groups, **options.model_dump())
+
+
 class MuonOptions(Section):
     """Options of `muon`: of Muon itself, and of the AdamW for what Muon is not for."""
 
@@ -141,4 +186,4 @@ class Muon(Record):
         return build_muon(model, groups, options)
 
 
-ADAMW, SGD, ADAFACTOR, MUON = Adamw(), Sgd(), Adafactor(), Muon()
+ADAMW, SGD, ADAFACTOR, MUON, RMSPROP, ADAGRAD = Adamw(), Sgd(), Adafactor(), Muon(), Rmsprop(), Adagrad()

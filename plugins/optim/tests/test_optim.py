@@ -31,6 +31,8 @@ NAMES: dict[str, dict[str, Any]] = {
     "adamw": {},
     "sgd": {"momentum": 0.9, "nesterov": True},
     "adafactor": {},
+    "rmsprop": {"alpha": 0.9, "momentum": 0.5, "centered": True},
+    "adagrad": {"lr_decay": 0.1, "initial_accumulator_value": 0.1},
     "muon": {"adamw_scale": 0.5},
 }
 
@@ -70,7 +72,7 @@ def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
         assert torch.equal(left, right), name
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "adafactor"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "muon"])
 def test_training_equals_torch_used_directly(name: str) -> None:
     ours, theirs = tiny_model(), tiny_model()
     made = built(
@@ -80,6 +82,8 @@ def test_training_equals_torch_used_directly(name: str) -> None:
         "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, fused=True),
         "sgd": lambda p: torch.optim.SGD(p, lr=0.01, weight_decay=0.1, momentum=0.9, nesterov=True),
         "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01, weight_decay=0.1),
+        "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, weight_decay=0.1, **NAMES[name]),
+        "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01, weight_decay=0.1, **NAMES[name]),
     }[name](theirs.module.parameters())
     train(ours, made.optimizer, range(4), made.schedule)
     train(theirs, direct, range(4))
@@ -335,7 +339,7 @@ def test_optimizers_of_whole_matrices_refuse_sharded_ones(name: str, sharded: Mo
         built(sharded, name=name)
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "rmsprop", "adagrad"])
 def test_the_others_step_sharded_parameters_as_whole_ones(name: str, sharded: Model) -> None:
     whole = tiny_model()
     for model in (whole, sharded):

@@ -6,24 +6,17 @@ from the gradient in all of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from pegbox.errors import ConfigError
+from pegbox.errors import ConfigError, UserError
 from pegbox.section import Section, setting
-from pegbox.types import Record
-from pydantic import Field
+
+from pegbox_pytorch_optimizer.matrices import ADAMC, GALORE, NORMUON
+from pegbox_pytorch_optimizer.recipe import ADDED, BETAS, Beta, LibraryOptimizer, Three, Two
 
 if TYPE_CHECKING:
-    from pegbox.context import Context
     from pegbox.types import Model
     from torch.optim import Optimizer
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
-Two = tuple[Beta, Beta]
-Three = tuple[Beta, Beta, Beta]
-BETAS = "Decay rates of its running averages, in the order of the paper."
 
 
 class AdoptOptions(Section):
@@ -83,44 +76,86 @@ class GrokfastOptions(Section):
     eps: float = setting(1e-8, "Added to the root of the second average.", unit="1", gt=0)
 
 
-class LibraryOptimizer(Record):
-    """An optimizer of `pytorch_optimizer`, by the name of its class, and what is fixed here."""
+class ProdigyOptions(Section):
+    """Options of `prodigy` (arXiv:2306.06101); it finds the size of its steps, and wants a learning rate of 1."""
 
-    class_name: str
-    options: type[Section]
-    doc: str
-    fixed: Mapping[str, bool] = field(default_factory=dict)
-    steps_sharded: bool = True
-    schedules: tuple[str, ...] | None = None
+    betas: Two = setting((0.9, 0.999), BETAS, unit="1")
+    beta3: Beta | None = setting(
+        None, "Decay rate of its estimate of a distance; the root of beta2 unless set.", unit="1"
+    )
+    d0: float = setting(1e-6, "First estimate of the distance to a solution.", unit="1", gt=0)
+    d_coef: float = setting(1.0, "Factor on the estimate; half or twice for smaller or larger steps.", unit="1", gt=0)
+    growth_rate: float | None = setting(
+        None, "Largest factor by which the estimate grows in a step; no limit unless set.", unit="1", gt=1
+    )
+    bias_correction: bool = setting(False, "Correct the averages for their start at zero, as Adam does.")
+    safeguard_warmup: bool = setting(False, "Keep the learning rate's warm-up out of the estimate.")
+    eps: float = setting(1e-8, ADDED, unit="1", gt=0)
 
-    def build(self, ctx: Context, model: Model, groups: Sequence[dict[str, Any]], options: Section) -> Optimizer:
-        import pytorch_optimizer
 
-        if not self.steps_sharded:
-            self._refuse_sharded(groups)
-        given = {**self.fixed, **options.model_dump()}
-        optimizer: Optimizer = getattr(pytorch_optimizer, self.class_name)(list(groups), **given)
-        return optimizer
+class ProdigyRecipe(LibraryOptimizer):
+    """Prodigy: one estimate, and therefore one learning rate, for all parameters."""
 
-    def _refuse_sharded(self, groups: Sequence[dict[str, Any]]) -> None:
-        from torch.distributed.tensor import DTensor
+    def _make(self, model: Model, groups: list[dict[str, Any]], options: ProdigyOptions) -> Optimizer:
+        from pytorch_optimizer import Prodigy
 
-        if any(isinstance(parameter, DTensor) for group in groups for _, parameter in group["params"]):
-            able = ", ".join(name for name, recipe in OPTIMIZERS.items() if recipe.steps_sharded)
-            raise ConfigError(
-                f"optim.name is {self.class_name} of pytorch_optimizer, but parameters are sharded over processes",
-                "It uses operations that torch does not have for sharded tensors.",
-                f"Set optim.name to one that steps them ({able}, or adamw), or place the model unsharded.",
+        rates = sorted({group["lr"] for group in groups})
+        if len(rates) > 1:
+            raise UserError(
+                f"optim.name is 'prodigy', but parameters get {len(rates)} learning rates ({rates[0]} to {rates[-1]})",
+                "It steps all of them at the size that it finds: those of all groups but the first would do nothing.",
+                "Remove learning rates and scales of groups and embeddings, or set optim.name to adamw.",
             )
+        given = options.model_dump(exclude={"growth_rate"})
+        growth = float("inf") if options.growth_rate is None else options.growth_rate
+        return Prodigy(groups, growth_rate=growth, **given)
+
+
+class SoapOptions(Section):
+    """Options of `soap` (arXiv:2409.11321); its first step only measures."""
+
+    betas: Two = setting((0.95, 0.95), BETAS, unit="1")
+    shampoo_beta: Beta | None = setting(
+        None, "Decay rate of the averages that give the bases; the second of betas unless set.", unit="1"
+    )
+    precondition_frequency: int = setting(10, "How often the bases are made anew.", unit="optimizer steps", ge=1)
+    max_precondition_dim: int = setting(10000, "Largest side of a matrix that gets a basis.", unit="numbers", ge=1)
+    precondition_1d: bool = setting(False, "Vectors get a basis too.")
+    normalize_gradient: bool = setting(False, "Give each update a root mean square of one.")
+    eps: float = setting(1e-8, ADDED, unit="1", gt=0)
+
+
+class FlashAdamwOptions(Section):
+    """Options of `flash_adamw` (arXiv:2602.23349)."""
+
+    betas: Two = setting((0.9, 0.999), BETAS, unit="1")
+    eps: float = setting(1e-8, ADDED, unit="1", gt=0)
+    master_weight_bits: Literal[24, 32] | None = setting(
+        None, "Precision that 16-bit parameters get by a correction kept beside them; none unless set.", unit="bits"
+    )
+
+
+class FlashAdamwRecipe(LibraryOptimizer):
+    """AdamW with 8-bit averages."""
+
+    def _make(self, model: Model, groups: list[dict[str, Any]], options: FlashAdamwOptions) -> Optimizer:
+        bits = options.master_weight_bits
+        if bits and all(p.element_size() > 2 for group in groups for _, p in group["params"]):
+            raise ConfigError(
+                f"optim.options.master_weight_bits is {bits}, but no trained parameter has 16 bits",
+                "The correction is for what 16 bits cannot hold: it would do nothing.",
+                "Remove optim.options.master_weight_bits.",
+            )
+        return super()._make(model, groups, options)
 
 
 def _recipe(
-    class_name: str, options: type[Section], doc: str, *, steps_sharded: bool = True, **fixed: bool
+    class_name: str, options: type[Section], doc: str, *, steps_sharded: bool = True, **fixed: bool | str
 ) -> LibraryOptimizer:
     return LibraryOptimizer(class_name=class_name, options=options, doc=doc, fixed=fixed, steps_sharded=steps_sharded)
 
 
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, LibraryOptimizer] = {
     "adopt": _recipe(
         "ADOPT",
         AdoptOptions,
@@ -149,4 +184,14 @@ OPTIMIZERS = {
         weight_decouple=True,
         normalize_lr=False,
     ),
+    "prodigy": ProdigyRecipe(
+        class_name="Prodigy", options=ProdigyOptions, doc="Adam that finds its own step size.", steps_sharded=False
+    ),
+    "soap": _recipe("SOAP", SoapOptions, "Adam in the bases of Shampoo.", steps_sharded=False),
+    "flash_adamw": FlashAdamwRecipe(
+        class_name="FlashAdamW", options=FlashAdamwOptions, doc="AdamW with 8-bit averages.", steps_sharded=False
+    ),
+    "galore": GALORE,
+    "adamc": ADAMC,
+    "normuon": NORMUON,
 }

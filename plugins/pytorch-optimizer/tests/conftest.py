@@ -56,12 +56,12 @@ def built() -> Callable[..., Optimization]:
 
 @pytest.fixture
 def equals() -> Callable[..., None]:
-    """`equals(settings, direct)`: three steps give the same bits as `direct(parameters)` used by hand."""
+    """`equals(settings, direct)`: three steps give the same bits as `direct(module)` used by hand."""
 
-    def check(settings: dict[str, Any], direct: Callable[[list[nn.Parameter]], Any]) -> None:
+    def check(settings: dict[str, Any], direct: Callable[[nn.Module], Any]) -> None:
         ours, theirs, start = tiny_model(), tiny_model(), tiny_model()
         train(ours, build(ours, decay_all=True, **settings).optimizer, range(3))
-        train(theirs, direct(list(theirs.module.parameters())), range(3))
+        train(theirs, direct(theirs.module), range(3))
         assert same_weights(ours.module, theirs.module)
         assert not same_weights(ours.module, start.module)
 

@@ -93,4 +93,8 @@ class JaggedSchedule:
 
     def _put(self, rates: list[float]) -> None:
         for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+            # Optimizers whose step is compiled, such as torchao's, keep their rate in a tensor and insist on it.
+            if hasattr(group["lr"], "fill_"):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate

@@ -215,6 +215,18 @@ def test_the_learning_rate_is_jagged_around_any_schedule() -> None:
             jagged.step()
 
 
+def test_a_rate_that_is_kept_in_a_tensor_stays_in_it() -> None:
+    settings = ReloraConfig(every=4, warmup_steps=2)
+    rate = torch.tensor(1.0)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=rate)
+    jagged = JaggedSchedule(torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9), optimizer, settings)
+    for step in range(10):
+        assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor)
+        assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.9**step * factor(settings, step))
+        optimizer.step()
+        jagged.step()
+
+
 class Sharded:
     """Lets a base weight look like a part of one."""
 

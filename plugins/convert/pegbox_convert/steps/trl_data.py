@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pegbox_convert.conversion import Conversion
@@ -44,7 +45,8 @@ def _named(c: Conversion) -> None:
     for key, path in (("dataset_train_split", "data.train: split"), ("dataset_test_split", "data.eval: split")):
         if c.has(key):
             c.mapped(key, path, "")
-    c.put("data.train", [entry | ({"split": split} if split != "train" else {})])
+    # Without a split all files of a folder are read, the held-out ones too.
+    c.put("data.train", [entry | ({"split": split} if split != "train" or Path(name).expanduser().is_dir() else {})])
     if str(c.get("eval_strategy") or "no").lower() not in ("no", "false"):
         c.put("data.eval", [entry | {"split": test}])
     elif c.has("dataset_test_split"):
