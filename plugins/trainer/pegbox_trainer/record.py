@@ -21,6 +21,8 @@ import yaml
 from pegbox.folder import RECORD
 from pegbox.types import ExampleStream
 
+from pegbox_trainer.resuming import refuse_changes
+
 if TYPE_CHECKING:
     from pegbox.context import Context
     from pegbox.types import Dataset, Job, Outcome
@@ -39,7 +41,9 @@ class RunRecord:
 
     @classmethod
     def open(cls, ctx: Context, job: Job) -> RunRecord:
-        """Write what is known before the first step."""
+        """Write what is known before the first step; a run that goes on must have the settings it began with."""
+        if job.resume is not None:
+            refuse_changes(ctx, ctx.folder / RECORD)
         own = ["pegbox-core", *(active.origin.distribution for active in ctx.kernel.active.values())]
         rows = [source.examples for source in (job.train, job.eval) if source is not None]
         content: dict[str, Any] = {

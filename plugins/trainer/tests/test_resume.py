@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from killed_runs import KEYS, STEPS, Killer
 from peer_runs import CtrlC
-from pegbox.errors import RunError, UserError
+from pegbox.errors import ConfigError, RunError, UserError
 from pegbox.events import Signal
 from pegbox.hooks import hookimpl
 from pegbox_trainer.interruption import ECHO_S
@@ -145,14 +145,14 @@ def test_going_back_to_an_older_checkpoint_sets_later_ones_aside(config: Any, tm
     ("change", "message"),
     [
         ({"micro_batch": 3}, "takes 8 rows over all processes, one of this run 6"),
-        ({"shuffle": False}, "has shuffle True, this run has False"),
-        ({"tiny": {"rows": 20}}, "has rows 48, this run has 20"),
-        ({"tiny": {"longest": 9}}, "has fingerprint"),
+        ({"shuffle": False}, "trainer.shuffle was True, is now False"),
+        ({"tiny": {"rows": 20}}, "tiny_llama.rows was 48, is now 20"),
+        ({"tiny": {"longest": 9}}, "tiny_llama.longest was 24, is now 9"),
     ],
 )
 def test_resuming_at_another_place_in_the_data_is_an_error(config: Any, change: Any, message: str) -> None:
     run(config(max_steps=3, micro_batch=4, accumulation=2))
-    with pytest.raises(RunError, match=message):
+    with pytest.raises((RunError, ConfigError), match=message):
         run(config(**{"max_steps": 6, "micro_batch": 4, "accumulation": 2, "resume": "auto", **change}))
 
 
@@ -184,3 +184,33 @@ def test_an_observer_stops_a_run_which_can_be_resumed(config: Any, tmp_path: Pat
     outcome = run(config(resume="auto", **keys), stopper=Stopper())
     assert (outcome.reason, outcome.step) == ("finished", 6)
     assert [record["step"] for record in records(tmp_path / "run", "train")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"adamw": {"learning_rate": 1.0}}, "adamw.learning_rate was 0.0002, is now 1.0"),
+        ({"max_grad_norm": 7.0}, "trainer.max_grad_norm was 1.0, is now 7.0"),
+        ({"seed": 5}, "seed was 0, is now 5"),
+        ({"plugins": ["neftune"]}, "the plugin neftune was not active, is now"),
+    ],
+)
+def test_a_run_goes_on_with_the_settings_it_began_with(config: Any, change: Any, message: str) -> None:
+    run(config(max_steps=2))
+    with pytest.raises(ConfigError, match=message):
+        run(config(**{"max_steps": 4, "resume": "auto", **change}))
+
+
+def test_what_only_watches_and_how_a_step_is_split_may_change(config: Any, tmp_path: Path) -> None:
+    class Watch:
+        @hookimpl
+        def on_event(self, event: Any) -> None:
+            """Nothing."""
+
+    flat = {"schedule": "constant"}
+    run(config(max_steps=2, micro_batch=4, adamw=flat))
+    run(
+        config(max_steps=4, micro_batch=2, accumulation=2, log_every=2, plugins=["w"], adamw=flat, resume="auto"),
+        w=Watch(),
+    )
+    assert checkpoint(tmp_path / "run", 4).is_dir()
