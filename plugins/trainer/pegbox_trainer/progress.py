@@ -52,7 +52,8 @@ class RunProgress:
         if self._bar is not None:
             self._bar.update(self._task, description=_short(metrics))
         elif self._style == "lines":
-            self._print(f"step {self._of(step)}  {_short(metrics)}{self._left(step)}")
+            size = f"{metrics['tokens_per_step']:,.0f} tokens/step"
+            self._print(f"step {self._of(step)}  {_short(metrics)}  {size}{self._left(step)}")
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         """An evaluation ended."""
