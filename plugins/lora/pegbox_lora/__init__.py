@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,13 +11,16 @@ from pegbox.types import ConfigSection, Item
 
 if TYPE_CHECKING:
     from pegbox.context import Context
-    from pegbox.types import ExportRequest, GroupOptions, Model
+    from pegbox.types import Dataset, ExportRequest, GroupOptions, Model, Split
 
 FORMAT = "peft"
 
 
 class LoraPlugin:
     """Adds the adapter to the policy, and exports it in the format `peft`."""
+
+    def __init__(self) -> None:
+        self._train: Dataset | None = None
 
     @hookimpl
     def register_config(self) -> ConfigSection:
@@ -30,11 +33,19 @@ class LoraPlugin:
         doc = "An adapter's folder that PEFT, transformers and vLLM open."
         return [Item(kind="export_format", name=FORMAT, target=FORMAT, doc=doc)]
 
+    @hookimpl(wrapper=True)
+    def build_dataset(self, split: Split) -> Generator[None, Dataset | None, Dataset | None]:
+        """Keep the training rows in view: some initialisations look at them. They are passed on as they are."""
+        rows = yield
+        if split == "train":
+            self._train = rows
+        return rows
+
     @hookimpl
     def apply_adapters(self, ctx: Context, model: Model) -> Model:
         from pegbox_lora.adapter import apply
 
-        return apply(ctx, model)
+        return apply(ctx, model, self._train)
 
     @hookimpl
     def configure_groups(self, ctx: Context, model: Model) -> Sequence[GroupOptions]:

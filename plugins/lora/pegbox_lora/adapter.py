@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pegbox.errors import PluginError, UserError
 
-from pegbox_lora.config import ALL_LINEAR, FRESH, LoraConfig
+from pegbox_lora.config import ALL_LINEAR, FRESH, MEASURED, LoraConfig
 from pegbox_lora.continued import load_weights, read_adapter
 from pegbox_lora.initialization import take_from_base
+from pegbox_lora.measured import Measured
 from pegbox_lora.targets import Targets, excluded, linear_names, listed, require_patterns, resolve
 from pegbox_lora.tokens import token_rows
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     import peft
     import torch
     from pegbox.context import Context
-    from pegbox.types import Model
+    from pegbox.types import Dataset, Model
     from torch.nn import Module, Parameter
 
 ADAPTER = "default"
@@ -33,8 +34,11 @@ MARKS = (".lora_", f".modules_to_save.{ADAPTER}.", ".trainable_tokens_delta.")
 """What occurs in the names of parameters that PEFT adds."""
 
 
-def apply(ctx: Context, model: Model) -> Model:
+def apply(ctx: Context, model: Model, train: Dataset | None) -> Model:
     """Add the adapter that the config describes, or the one it names, and freeze the rest.
+
+    Args:
+        train: rows of the training split, for initialisations that look at them.
 
     Raises:
         UserError: a target matches nothing, or PEFT cannot adapt what it matches.
@@ -54,10 +58,15 @@ def apply(ctx: Context, model: Model) -> Model:
         _require_float32_biases(settings.bias, model)
         config = peft_config(ctx, settings, model, targets)
         with _seeded(ctx), _explained(settings, model):
+            measured = Measured(ctx, settings, model, config) if settings.init in MEASURED else None
+            if measured is not None:
+                measured.measure(train, sorted(targets.modules), _embeddings(model))
             _inject(config, module)
             _set_dtype(settings, module)
             _require_as_asked(settings, model, targets)
-            if settings.init not in FRESH:
+            if measured is not None:
+                measured.put_in()
+            elif settings.init not in FRESH:
                 take_from_base(ctx, settings.init, model)
     require_only_adapter(model)
     return replace(model, adapter="peft")

@@ -14,11 +14,10 @@ FRESH = ("default", "gaussian", "orthogonal")
 """Initialisations that leave the base as it is."""
 FROM_BASE = ("pissa", "olora")
 """Initialisations that take their factors out of the base weight."""
+MEASURED = ("eva", "corda", "lora_ga")
+"""Initialisations that look at training rows."""
 REFUSED = {
-    "eva": "needs activations on training rows before the adapter exists, which no hook offers",
-    "corda": "needs covariances of activations on training rows before the adapter exists, which no hook offers",
-    "lora_ga": "needs gradients on training rows before the adapter exists, which no hook offers",
-    "loftq": "replaces the base by a quantized copy, so the adapter would not fit the published base",
+    "loftq": "replaces the base by a quantized copy, and no adapter of a low rank brings the published base back",
     "mica": "freezes one of its two factors, so half of the adapter would never receive a gradient",
 }
 """Initialisations of PEFT that are not offered, and why."""
@@ -63,8 +62,10 @@ class LoraConfig(Section):
     init: str = setting(
         "default",
         "How the factors begin: `default` (first Kaiming-uniform, second zero), `gaussian`, `orthogonal`, `pissa`, "
-        "`pissa_niter_N` (fast singular values in N rounds), `olora`.",
+        "`pissa_niter_N` (fast singular values in N rounds), `olora`; from training rows: `eva`, `corda`, `lora_ga`.",
     )
+    init_rows: int = setting(64, "Training rows that `eva`, `corda` and `lora_ga` look at.", unit="rows", ge=1)
+    init_tokens: int = setting(512, "Tokens to which these rows are cut.", unit="tokens", ge=2)
     use_rslora: bool = setting(False, "Scale by alpha / sqrt(r) (rsLoRA, arXiv:2312.03732).")
     use_dora: bool = setting(
         False, "Train the length of each weight's columns apart from their direction (DoRA, arXiv:2402.09353)."
@@ -106,10 +107,15 @@ class LoraConfig(Section):
     def _initialisation(self) -> None:
         if self.init in REFUSED:
             raise ValueError(f"init: {self.init} {REFUSED[self.init]}; set init to pissa or default")
-        known = (*FRESH, *FROM_BASE)
+        known = (*FRESH, *FROM_BASE, *MEASURED)
         if self.init not in known and not re.fullmatch(r"pissa_niter_[1-9]\d*", self.init):
             hint = did_you_mean(self.init, [*known, "pissa_niter_4"], "Known:")
             raise ValueError(f"init is '{self.init}', which is no initialization. {hint}")
+        for key in ("init_rows", "init_tokens"):
+            if self.init not in MEASURED and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is set, but init is '{self.init}', which looks at no rows; remove {key}")
+        if self.init == "eva" and len({self.r, *self.rank_pattern.values()}) > 1:
+            raise ValueError("init: eva takes one rank for all modules; remove rank_pattern")
         ranks = {self.r, *self.rank_pattern.values()}
         odd = sorted(rank for rank in ranks if rank % 2)
         if self.init == "orthogonal" and odd:
