@@ -38,12 +38,12 @@ def load(tmp_path: Path) -> Callable[..., Model]:
     """`load("tied", chunk=3)`: a tiny model, its head patched if there is a chunk."""
 
     def make(kind: str = "plain", chunk: int | None = None, **lora: Any) -> Model:
-        from transformers import AutoConfig, AutoModelForCausalLM
-
+        transformers = pytest.importorskip("transformers")
         torch.manual_seed(0)
         folder = tmp_path / kind
         model_type, further = KINDS[kind]
-        AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SHAPE, **further)).save_pretrained(folder)
+        config = transformers.AutoConfig.for_model(model_type, **SHAPE, **further)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         plugins = ["hf", *(["chunked-cross-entropy"] if chunk else []), *(["lora"] if lora else [])]
         sections = {"chunked-cross-entropy": {"chunk": chunk}} if chunk else {}
         sections |= {"lora": lora} if lora else {}
