@@ -1,22 +1,12 @@
-"""The plugin keeps the contract of plugins and of patches."""
+"""The plugin keeps the contract of plugins."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar
 
-import pytest
-from pegbox.testing import PatchConformance, PluginConformance
-from pegbox.types import Model
+from pegbox.testing import PluginConformance
 
 
-class TestChunkedCrossEntropy(PluginConformance, PatchConformance):
+class TestChunkedCrossEntropy(PluginConformance):
     plugin = "chunked-cross-entropy"
     config: ClassVar = {"chunk": 5}
-
-    @pytest.fixture(autouse=True)
-    def _loader(self, load: Callable[..., Model]) -> None:
-        self._load = load
-
-    def model(self) -> Model:
-        return self._load("plain")
