@@ -42,4 +42,4 @@ def fullness(job: Job) -> Iterator[str]:
             bins = rows.bins(range(len(rows)))
             full = rows.lengths.sum() / (len(bins) * rows.capacity)
             boxes = f"{len(bins):,} {'bin' if len(bins) == 1 else 'bins'} of {rows.capacity:,} tokens"
-            yield f"{rows.split}: {len(rows):,} rows in {boxes}, {full:.1%} full"
+            yield f"{rows.split}: {len(rows):,} rows in about {boxes}, {full:.1%} full"

@@ -122,5 +122,5 @@ def test_models_that_mix_a_row_are_refused() -> None:
 def test_the_start_of_a_run_says_how_full_bins_are() -> None:
     source = SimpleNamespace(examples=PackedRows(Rows([4, 4, 8]), PackingConfig(length=8)))
     assert list(fullness(SimpleNamespace(train=source, eval=None))) == [
-        "train: 3 rows in 2 bins of 8 tokens, 100.0% full"
+        "train: 3 rows in about 2 bins of 8 tokens, 100.0% full"
     ]

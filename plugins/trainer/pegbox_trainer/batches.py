@@ -191,13 +191,12 @@ class TrainBatches(RowBatches):
 
     @cached_property
     def _identity(self) -> dict[str, object]:
-        rows = {} if self._spans else {"rows": len(self.examples)}  # type: ignore[arg-type]
-        shuffle = {"shuffle": self._config.shuffle}
-        return {**rows, "fingerprint": self.examples.fingerprint, **shuffle, **self._stream_identity}
-
-    @property
-    def _stream_identity(self) -> dict[str, object]:
-        return {"stream_window": self._config.stream_window} if self._spans else {}
+        size = (
+            {"stream_window": self._config.stream_window}
+            if isinstance(self.examples, ExampleStream)
+            else {"rows": len(self.examples)}
+        )
+        return {**size, "fingerprint": self.examples.fingerprint, "shuffle": self._config.shuffle}
 
 
 class EvalBatches(RowBatches):

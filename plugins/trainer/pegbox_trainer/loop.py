@@ -83,7 +83,7 @@ class TrainingLoop:
         self.checkpoint: Checkpoint | None = None
         self._pending = Signal.NONE
         self._written = 0
-        self._passed = (0.0, 0.0)
+        self._passed: tuple[float, float] = (0.0, 0.0)
 
     def run(self) -> Outcome:
         """Train to the end, or until a signal or an observer stops it."""
@@ -110,7 +110,7 @@ class TrainingLoop:
                 "There is nothing to evaluate on.",
                 "Name held-out rows in the data section, or remove the setting.",
             )
-        if getattr(self.job.train, "epoch", None) is None and (config.evals_per_epoch or config.saves_per_epoch):
+        if self._epoch() is None and (config.evals_per_epoch or config.saves_per_epoch):
             raise ConfigError(
                 "trainer.evals_per_epoch or saves_per_epoch is set, but the training rows are a stream",
                 "A stream has no epochs that could be divided.",
@@ -121,7 +121,7 @@ class TrainingLoop:
         if self.job.resume is not None:
             self.job.checkpoints.restore(self.job.resume, self.job.model, self.job.optimization)
             self.checkpoint = self.job.resume
-        self._passed = (self._epoch(), self._epoch())
+        self._passed = (0.0, self._epoch() or 0.0)
         self.file.cut(self._written)
         self._introduce()
         self._notify(RunStarted(job=self.job, step=self.step))
@@ -208,7 +208,7 @@ class TrainingLoop:
     def _act_on_step(self) -> None:
         """Log, evaluate and save where it is due or asked for; `_finish` does what the last step needs."""
         self.progress.step(self.step)
-        self._passed = (self._passed[1], self._epoch())
+        self._passed = (self._passed[1], self._epoch() or 0.0)
         config = self.config
         if self._due(config.log_every):
             self._log()
@@ -232,9 +232,9 @@ class TrainingLoop:
             return now > before
         return every is not None and self.step % every == 0
 
-    def _epoch(self) -> float:
-        """Passes over the data so far; 0 for a source that does not count them."""
-        return getattr(self.job.train, "epoch", None) or 0.0
+    def _epoch(self) -> float | None:
+        """Passes over the data so far; None for a stream, and for a source of another plugin."""
+        return self.job.train.epoch if isinstance(self.job.train, TrainBatches) else None
 
     def _notify(self, event: Event) -> None:
         self._pending |= self.ctx.notify(event)
@@ -261,7 +261,7 @@ class TrainingLoop:
     def _log(self) -> None:
         self.watch.check()
         metrics = self.meter.read()
-        if isinstance(self.job.train, TrainBatches) and (epoch := self.job.train.epoch) is not None:
+        if (epoch := self._epoch()) is not None:
             metrics["epoch"] = epoch
         if self.scaler.is_enabled():
             metrics["loss_scale"] = self._loss_scale()
