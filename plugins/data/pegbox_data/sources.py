@@ -115,6 +115,13 @@ class JsonLines:
                     yield _object(line, row, behind)
 
 
+def _from_row(entries: Iterator[Entry], start: Place) -> Iterator[Entry]:
+    """Entries from a row on, each with the number of rows behind it as its place."""
+    for number, entry in enumerate(entries):
+        if number >= start.offset:
+            yield Entry(entry.line, entry.row, entry.error, Place(number + 1, number + 1))
+
+
 class JsonArray:
     """One array of JSON objects. Places are rows; the file is read whole."""
 
@@ -122,9 +129,7 @@ class JsonArray:
     options = NoOptions
 
     def read(self, file: DataFile, options: Section, start: Place = START) -> Iterator[Entry]:
-        for number, entry in enumerate(self._entries(file)):
-            if number >= start.offset:
-                yield Entry(entry.line, entry.row, entry.error, Place(number + 1, number + 1))
+        return _from_row(self._entries(file), start)
 
     def _entries(self, file: DataFile) -> Iterator[Entry]:
         try:
@@ -169,9 +174,7 @@ class Csv:
     options = NoOptions
 
     def read(self, file: DataFile, options: Section, start: Place = START) -> Iterator[Entry]:
-        for number, entry in enumerate(self._entries(file)):
-            if number >= start.offset:
-                yield Entry(entry.line, entry.row, entry.error, Place(number + 1, number + 1))
+        return _from_row(self._entries(file), start)
 
     def _entries(self, file: DataFile) -> Iterator[Entry]:
         with io.TextIOWrapper(file.open(), encoding="utf-8-sig", newline="") as opened:
