@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from pegbox_kernels.harness import bench
+from pegbox_kernels.harness.opspec import Cost
 from pegbox_kernels.harness.parity import compare, error
 from pegbox_kernels.harness.registry import specs
 
@@ -40,13 +41,13 @@ def unwritten_element(**inputs):
     ],
 )
 def test_parity_names_what_is_wrong(op, wrong: set[str]) -> None:
-    agreements = compare(replace(SPEC, op=op), SAMPLE.make, torch.float32, torch.device("cpu"))
+    agreements = compare(replace(SPEC, op=op), SAMPLE, torch.float32, torch.device("cpu"))
     assert wrong <= {agreement.tensor for agreement in agreements if not agreement.holds} <= wrong | {"dlogits"}
 
 
 def test_plain_pytorch_in_place_of_the_operation_agrees() -> None:
     spec = replace(SPEC, op=SPEC.reference)
-    assert all(agreement.holds for agreement in compare(spec, SAMPLE.make, torch.bfloat16, torch.device("cpu")))
+    assert all(agreement.holds for agreement in compare(spec, SAMPLE, torch.bfloat16, torch.device("cpu")))
 
 
 def test_an_error_is_infinite_where_only_one_side_is_finite() -> None:
@@ -73,13 +74,21 @@ def test_every_line_of_the_csv_says_on_what_it_was_measured(tmp_path) -> None:
     machine = bench.Machine(gpu="G", driver="1", torch="2", triton="3", commit="c", date="2026-01-01")
     fast = bench.Measurement(op="o", workload="w", what="forward", contender="a", median_ms=1.23456789)
     lost = bench.Measurement(op="o", workload="w", what="forward", contender="b", status="out of memory")
-    path = bench.write(tmp_path / "new" / "o.csv", [fast, lost], machine, 3000.0)
+    limits = bench.Limits(copy_gb_per_s=3000.0, product_tflop_per_s=700.0)
+    path = bench.write(tmp_path / "new" / "o.csv", [fast, lost], machine, limits)
     with path.open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["status"] for line in lines] == ["ok", "out of memory"]
     assert lines[0]["median_ms"] == "1.2346"
     assert lines[1]["median_ms"] == ""
     assert all((line["gpu"], line["commit"], line["copy_gb_per_s"]) == ("G", "c", "3000") for line in lines)
+
+
+def test_the_limit_is_the_longer_of_moving_the_bytes_and_computing_the_operations() -> None:
+    limits = bench.Limits(copy_gb_per_s=1000.0, product_tflop_per_s=500.0)
+    assert limits.least_ms(Cost(bytes_moved=2 * 10**9, flops=10**12)) == 2.0
+    assert limits.least_ms(Cost(bytes_moved=10**9, flops=10**12)) == 2.0
+    assert limits.least_ms(Cost(bytes_moved=10**9, flops=0)) == 1.0
 
 
 def test_the_bytes_of_a_workload_are_one_read_forward_and_one_read_and_one_write_backward() -> None:

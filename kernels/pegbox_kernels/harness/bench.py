@@ -1,11 +1,13 @@
-"""Measures an operation beside its peers on one GPU, once every sample agrees with the reference.
+"""Measures operations beside their peers on one GPU, once every sample agrees with the reference.
 
     python -m pegbox_kernels.harness.bench logprob            # about two minutes; writes the CSV
+    python -m pegbox_kernels.harness.bench all
     python -m pegbox_kernels.harness.bench logprob --sweep    # launch settings around the default
 
 Times are medians (with the 20th and 80th percentile) of `triton.testing.do_bench`, which clears the cache
-between runs. GB/s counts the bytes that the workload must move at least, whoever moves more; its share is of
-a large device-to-device copy measured in the same run. Peak bytes are above what was allocated before the
+between runs. GB/s and TFLOP/s count the bytes and operations that the workload needs at least, whoever spends more. The
+limit is the longer of two times: those bytes at the speed of a large device-to-device copy, those operations at the
+speed of a large bf16 matrix product, both measured in the same run. Peak bytes are above what was allocated before the
 call, the gradient included. Peers that are not installed are missing from the table; when `--limit-s` has
 passed, no further peer is started, and it is listed as skipped.
 """
@@ -24,15 +26,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from pegbox_kernels.harness.opspec import Cost, Inputs, OpSpec, Outputs, Workload
+from pegbox_kernels.harness.opspec import Cost, OpSpec, Outputs, Workload
 from pegbox_kernels.harness.parity import compare
 from pegbox_kernels.harness.registry import specs
 
 PACKAGE = Path(__file__).resolve().parents[2]
 DEVICE = torch.device("cuda")
 COPY_BYTES = 2**31
-OURS, IN_PLACE = "pegbox", "in place"
+PRODUCT_SIZE = 8192
+ALL, OURS, IN_PLACE = "all", "pegbox", "in place"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,18 @@ class Machine:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What this GPU can do at most, as measured by plain PyTorch."""
+
+    copy_gb_per_s: float
+    product_tflop_per_s: float
+
+    def least_ms(self, cost: Cost) -> float:
+        """The longer of moving the bytes and of computing the operations."""
+        return max(cost.bytes_moved / self.copy_gb_per_s / 1e6, cost.flops / self.product_tflop_per_s / 1e9)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measurement:
     """One contender on one pass of one workload; figures are None if `status` is not `ok`."""
 
@@ -74,32 +90,42 @@ class Measurement:
     p80_ms: float | None = None
     peak_bytes: int | None = None
     gb_per_s: float | None = None
-    percent_of_copy: float | None = None
-    floor_ms: float | None = None
+    tflop_per_s: float | None = None
+    limit_ms: float | None = None
+    percent_of_limit: float | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: measured. 1: the operation disagrees with its reference. 2: it cannot be measured here."""
+    """0: measured. 1: an operation disagrees with its reference. 2: nothing can be measured here."""
     parser = argparse.ArgumentParser(prog="python -m pegbox_kernels.harness.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("op", choices=sorted(specs()))
+    parser.add_argument("op", nargs="+", choices=[*sorted(specs()), ALL])
     parser.add_argument("--sweep", action="store_true", help="time launch settings instead, and write nothing")
     parser.add_argument("--results", type=Path, help="folder of the CSV (benchmarks/results/<gpu> of the checkout)")
     parser.add_argument("--only", default="", help="measure workloads whose name contains this")
-    parser.add_argument("--limit-s", type=float, default=130.0, help="start no further peer after this many seconds")
+    parser.add_argument("--limit-s", type=float, default=130.0, help="seconds per operation for starting peers")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("No CUDA device: nothing can be measured here. Parity on the CPU: pytest kernels", file=sys.stderr)
         return 2
-    started, spec, machine = time.monotonic(), specs()[options.op], Machine.here()
+    machine = Machine.here()
     print(*(f"{name} {value}" for name, value in asdict(machine).items()), sep=" · ")
+    limits = Limits(copy_gb_per_s=copy_bandwidth(), product_tflop_per_s=product_speed())
+    print(
+        f"copy of {COPY_BYTES >> 30} GiB: {limits.copy_gb_per_s:.0f} GB/s, bytes read plus bytes written; "
+        f"bf16 product of {PRODUCT_SIZE}^3: {limits.product_tflop_per_s:.0f} TFLOP/s"
+    )
+    names = sorted(specs()) if ALL in options.op else options.op
+    return max(_bench(specs()[name], machine, limits, options) for name in names)
+
+
+def _bench(spec: OpSpec, machine: Machine, limits: Limits, options: argparse.Namespace) -> int:
+    started = time.monotonic()
     workloads = [workload for workload in spec.workloads if options.only in workload.name]
     if not agrees(spec, sorted({workload.dtype for workload in workloads}, key=str), DEVICE):
         print(f"{spec.name} is wrong here: no speed is measured.", file=sys.stderr)
         return 1
-    copy_gb_per_s = copy_bandwidth()
-    print(f"copy of {COPY_BYTES >> 30} GiB: {copy_gb_per_s:.0f} GB/s, bytes read plus bytes written")
     if options.sweep:
-        sweep(spec, workloads[:2], copy_gb_per_s)
+        sweep(spec, workloads[:2], limits)
         return 0
 
     def left() -> bool:
@@ -107,12 +133,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     measured = []
     for workload in workloads:
-        print(f"\n{workload.name}")
-        for measurement in measure(spec, workload, copy_gb_per_s, left):
+        print(f"\n{spec.name}: {workload.name}")
+        for measurement in measure(spec, workload, limits, left):
             measured.append(measurement)
             print(_row(measurement), flush=True)
     folder = options.results or PACKAGE / "benchmarks" / "results" / machine.gpu.lower().replace(" ", "-")
-    print(f"\nwritten: {write(folder / f'{spec.name}.csv', measured, machine, copy_gb_per_s)}")
+    print(f"\nwritten: {write(folder / f'{spec.name}.csv', measured, machine, limits)}")
     return 0
 
 
@@ -121,7 +147,7 @@ def agrees(spec: OpSpec, dtypes: Sequence[torch.dtype], device: torch.device) ->
     compared = 0
     for dtype in dtypes:
         for sample in spec.samples:
-            for agreement in compare(spec, sample.make, dtype, device):
+            for agreement in compare(spec, sample, dtype, device):
                 compared += 1
                 if not agreement.holds:
                     print(f"{sample.name}, {dtype}: {agreement}")
@@ -139,7 +165,15 @@ def copy_bandwidth() -> float:
     return 2 * COPY_BYTES / do_bench(lambda: target.copy_(source), return_mode="median") / 1e6
 
 
-def measure(spec: OpSpec, workload: Workload, copy_gb_per_s: float, left: Callable[[], bool]) -> Iterator[Measurement]:
+def product_speed() -> float:
+    """TFLOP/s of one large bf16 matrix product."""
+    from triton.testing import do_bench
+
+    one = torch.randn(PRODUCT_SIZE, PRODUCT_SIZE, dtype=torch.bfloat16, device=DEVICE)
+    return 2 * PRODUCT_SIZE**3 / do_bench(lambda: one @ one, return_mode="median") / 1e9
+
+
+def measure(spec: OpSpec, workload: Workload, limits: Limits, left: Callable[[], bool]) -> Iterator[Measurement]:
     """Each contender, forward and forward with backward, on inputs made for it (some overwrite them)."""
     names = list(spec.contenders(workload.make(workload.dtype, DEVICE)))
     passes = {
@@ -156,10 +190,10 @@ def measure(spec: OpSpec, workload: Workload, copy_gb_per_s: float, left: Callab
                 yield replace(row, status="skipped: time is up")
                 continue
             inputs = workload.make(workload.dtype, DEVICE)
-            for leaf in spec.differentiable:
-                inputs[leaf].requires_grad_()
+            leaves = spec.leaves(inputs, workload.frozen)
+            inputs.update(leaves)
             try:
-                yield _timed(row, body(spec, inputs, spec.contenders(inputs)[name]), cost, copy_gb_per_s)
+                yield _timed(row, body(tuple(leaves.values()), spec.contenders(inputs)[name]), cost, limits)
             except torch.OutOfMemoryError:
                 yield replace(row, status="out of memory")
             except Exception as problem:
@@ -167,10 +201,10 @@ def measure(spec: OpSpec, workload: Workload, copy_gb_per_s: float, left: Callab
                 if name.startswith(OURS):
                     raise
                 yield replace(row, status=f"failed: {type(problem).__name__}")
-            del inputs
+            del inputs, leaves
 
 
-def sweep(spec: OpSpec, workloads: Sequence[Workload], copy_gb_per_s: float) -> None:
+def sweep(spec: OpSpec, workloads: Sequence[Workload], limits: Limits) -> None:
     """Print the median of every variant, by pass (the first word of its name), fastest first."""
     from triton.testing import do_bench
 
@@ -179,41 +213,41 @@ def sweep(spec: OpSpec, workloads: Sequence[Workload], copy_gb_per_s: float) -> 
         variants = spec.variants(workload.make(workload.dtype, DEVICE))
         timed = {name: do_bench(call, warmup=10, rep=50, return_mode="median") for name, call in variants.items()}
         print(
-            f"\n{workload.name}: floors {_floor_ms(workload.forward, copy_gb_per_s):.3f} and "
-            f"{_floor_ms(workload.backward, copy_gb_per_s):.3f} ms"
+            f"\n{spec.name}: {workload.name}: limits {limits.least_ms(workload.forward):.3f} and "
+            f"{limits.least_ms(workload.backward):.3f} ms"
         )
         for name, median_ms in sorted(timed.items(), key=lambda item: (item[0].split()[0], item[1])):
             print(f"  {name:32} {median_ms:8.3f} ms")
 
 
-def write(path: Path, measured: Sequence[Measurement], machine: Machine, copy_gb_per_s: float) -> Path:
+def write(path: Path, measured: Sequence[Measurement], machine: Machine, limits: Limits) -> Path:
     """One line per measurement, each with the machine, so that tables can be joined."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    header = [*(f.name for f in fields(Measurement)), "copy_gb_per_s", *(f.name for f in fields(Machine))]
+    header = [field.name for kind in (Measurement, Limits, Machine) for field in fields(kind)]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
         for measurement in measured:
-            cells = (*astuple(measurement), copy_gb_per_s, *astuple(machine))
+            cells = (*astuple(measurement), *astuple(limits), *astuple(machine))
             writer.writerow([f"{cell:.5g}" if isinstance(cell, float) else cell for cell in cells])
     return path
 
 
-def _forward(spec: OpSpec, inputs: Inputs, contender: Callable[[], Outputs]) -> Callable[[], object]:
+def _forward(leaves: tuple[Tensor, ...], contender: Callable[[], Outputs]) -> Callable[[], object]:
     return torch.no_grad()(contender)
 
 
-def _forward_backward(spec: OpSpec, inputs: Inputs, contender: Callable[[], Outputs]) -> Callable[[], object]:
-    leaves = [inputs[name] for name in spec.differentiable]
-    weights = [torch.randn_like(out) for out in torch.no_grad()(contender)() if out is not None]
+def _forward_backward(leaves: tuple[Tensor, ...], contender: Callable[[], Outputs]) -> Callable[[], object]:
+    weights = [torch.randn_like(out) for out in contender() if out is not None and out.requires_grad]
 
     def call() -> object:
-        return torch.autograd.grad(contender(), leaves, weights)
+        outputs = [out for out in contender() if out is not None and out.requires_grad]
+        return torch.autograd.grad(outputs, leaves, weights)
 
     return call
 
 
-def _timed(row: Measurement, call: Callable[[], object], cost: Cost, copy_gb_per_s: float) -> Measurement:
+def _timed(row: Measurement, call: Callable[[], object], cost: Cost, limits: Limits) -> Measurement:
     from triton.testing import do_bench
 
     call()
@@ -224,16 +258,17 @@ def _timed(row: Measurement, call: Callable[[], object], cost: Cost, copy_gb_per
     torch.cuda.synchronize()
     peak_bytes = torch.cuda.max_memory_allocated() - before
     median_ms, p20_ms, p80_ms = do_bench(call, warmup=25, rep=100, quantiles=[0.5, 0.2, 0.8])
-    gb_per_s = cost.bytes_moved / median_ms / 1e6
+    limit_ms = limits.least_ms(cost)
     return replace(
         row,
         median_ms=median_ms,
         p20_ms=p20_ms,
         p80_ms=p80_ms,
         peak_bytes=peak_bytes,
-        gb_per_s=gb_per_s,
-        percent_of_copy=100 * gb_per_s / copy_gb_per_s,
-        floor_ms=_floor_ms(cost, copy_gb_per_s),
+        gb_per_s=cost.bytes_moved / median_ms / 1e6,
+        tflop_per_s=cost.flops / median_ms / 1e9,
+        limit_ms=limit_ms,
+        percent_of_limit=100 * limit_ms / median_ms,
     )
 
 
@@ -243,16 +278,12 @@ def _row(m: Measurement) -> str:
         return f"{head} {m.status}"
     return (
         f"{head} {m.median_ms:8.3f} ms ({m.p20_ms:.3f} to {m.p80_ms:.3f}) {m.peak_bytes / 2**20:9.1f} MiB"
-        f" {m.gb_per_s:6.0f} GB/s {m.percent_of_copy:5.1f} % of copy"
+        f" {m.gb_per_s:6.0f} GB/s {m.tflop_per_s:6.1f} TFLOP/s {m.percent_of_limit:5.1f} % of the limit"
     )
 
 
 def _sum(one: Cost, other: Cost) -> Cost:
     return Cost(bytes_moved=one.bytes_moved + other.bytes_moved, flops=one.flops + other.flops)
-
-
-def _floor_ms(cost: Cost, copy_gb_per_s: float) -> float:
-    return cost.bytes_moved / copy_gb_per_s / 1e6
 
 
 def _clear() -> None:

@@ -21,10 +21,14 @@ Make: TypeAlias = Callable[[torch.dtype, torch.device], Inputs]
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Small inputs that parity compares on; `make` is seeded, so that it gives the same values each time."""
+    """Small inputs that parity compares on; `make` is seeded, so that it gives the same values each time.
+
+    `frozen` names differentiable inputs that have no gradient here.
+    """
 
     name: str
     make: Make
+    frozen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +41,14 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Inputs of a real size, for the benchmark, with the cost of each pass over them."""
+    """Inputs of a real size, for the benchmark, with the cost of each pass over them; `frozen` as in a sample."""
 
     name: str
     dtype: torch.dtype
     make: Make
     forward: Cost
     backward: Cost
+    frozen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +59,8 @@ class OpSpec:
         name: of the operation and of its directory.
         source: the papers and projects it follows.
         op, reference: called with the inputs of a sample as keyword arguments.
-        differentiable: inputs that have a gradient.
-        outputs: names of the outputs, in order.
+        differentiable: inputs that have a gradient, where they are given and not frozen.
+        outputs: names of the outputs, in order; those without a gradient are compared only.
         samples: what parity compares on, in each of `dtypes`.
         workloads: what the benchmark measures.
         contenders: `contenders(inputs)` gives callables by name, ours and its peers'; a peer that is not
@@ -77,3 +82,8 @@ class OpSpec:
     contenders: Callable[[Inputs], Mapping[str, Callable[[], Outputs]]]
     variants: Callable[[Inputs], Mapping[str, Callable[[], object]]] = field(default=lambda _: {})
     floor: float = 1e-6
+
+    def leaves(self, inputs: Inputs, frozen: tuple[str, ...]) -> dict[str, Tensor]:
+        """The inputs to differentiate by, as leaves."""
+        names = (name for name in self.differentiable if inputs.get(name) is not None and name not in frozen)
+        return {name: inputs[name].detach().requires_grad_() for name in names}

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pegbox_kernels.harness.opspec import Inputs, Make, OpSpec, Outputs
+from pegbox_kernels.harness.opspec import Inputs, OpSpec, Outputs, Sample
 
 SLACK = 2.0
 
@@ -44,23 +44,25 @@ class Agreement:
         return f"{verdict} {self.tensor}: error {self.error:.3g}, allowed {allowed}"
 
 
-def compare(spec: OpSpec, make: Make, dtype: torch.dtype, device: torch.device) -> list[Agreement]:
+def compare(spec: OpSpec, sample: Sample, dtype: torch.dtype, device: torch.device) -> list[Agreement]:
     """Agreement of every output, and of the gradient of every differentiable input."""
-    inputs = make(dtype, device)
-    truth = run(spec, spec.reference, {name: _in_fp64(value) for name, value in inputs.items()})
-    plain = run(spec, spec.reference, inputs)
-    ours = run(spec, spec.op, inputs)
+    inputs = sample.make(dtype, device)
+    truth = run(spec, spec.reference, {name: _in_fp64(value) for name, value in inputs.items()}, sample.frozen)
+    plain = run(spec, spec.reference, inputs, sample.frozen)
+    ours = run(spec, spec.op, inputs, sample.frozen)
     if not ours.keys() == truth.keys() == plain.keys():
         raise AssertionError(f"{spec.name} returns {sorted(ours)}, its reference {sorted(truth)}")
     return [_agreement(name, ours[name], plain[name], truth[name], spec.floor) for name in truth]
 
 
-def run(spec: OpSpec, op: Callable[..., Outputs], inputs: Inputs) -> dict[str, Tensor]:
+def run(spec: OpSpec, op: Callable[..., Outputs], inputs: Inputs, frozen: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """Outputs by name and gradients as `d<input>`, for the same random weights of the outputs each time."""
-    leaves = {name: inputs[name].detach().requires_grad_() for name in spec.differentiable}
+    leaves = spec.leaves(inputs, frozen)
     returned = op(**{**inputs, **leaves})
     outputs = {name: out for name, out in zip(spec.outputs, returned, strict=True) if out is not None}
-    gradients = torch.autograd.grad(tuple(outputs.values()), tuple(leaves.values()), cotangents(outputs))
+    differentiable = {name: out for name, out in outputs.items() if out.requires_grad}
+    given = (tuple(differentiable.values()), tuple(leaves.values()), cotangents(differentiable))
+    gradients = torch.autograd.grad(*given) if leaves else ()
     found = {name: out.detach() for name, out in outputs.items()}
     return found | {f"d{name}": grad for name, grad in zip(leaves, gradients, strict=True)}
 

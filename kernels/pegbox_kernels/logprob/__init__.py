@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pegbox_kernels.dispatch import runs_kernels, values_at_hand
 from pegbox_kernels.logprob import reference
 
 __all__ = ["TokenLogprobs", "token_logprobs"]
@@ -107,10 +108,6 @@ else:
     kernels = None  # type: ignore[assignment]
 
 
-def _runs_kernels(logits: Tensor) -> bool:
-    return kernels is not None and (logits.is_cuda or (logits.device.type == "cpu" and kernels.INTERPRETED.value))
-
-
 @torch.library.custom_op(
     "pegbox_kernels::token_logprobs",
     mutates_args=(),
@@ -119,9 +116,9 @@ def _runs_kernels(logits: Tensor) -> bool:
 )
 def _op(logits, targets, temperature, ignore_index, entropy, inplace_backward):  # type: ignore[no-untyped-def]
     """logps, entropy (no elements unless asked for), logsumexp, and its parts, which the backward needs."""
-    if logits.device.type == "cpu":
+    if values_at_hand(logits):
         _check_ids(targets, logits.shape[-1], ignore_index)
-    if _runs_kernels(logits):
+    if runs_kernels(logits):
         return kernels.forward(logits, targets, temperature, ignore_index, entropy)
     logps, entropies, logsumexp = reference.token_logprobs(logits, targets, temperature, ignore_index, entropy)
     parts = reference.softmax_parts(logits, temperature)
@@ -179,7 +176,7 @@ def _backward(  # type: ignore[no-untyped-def]
     logits, targets, parts, entropy, grad_logps, grad_entropy, grad_logsumexp, temperature, ignore_index
 ):
     grads = (grad_logps, grad_entropy, grad_logsumexp)
-    if _runs_kernels(logits):
+    if runs_kernels(logits):
         return kernels.backward(logits, targets, parts, entropy, grads, temperature, ignore_index)
     known = entropy if entropy.shape == targets.shape else None
     return reference.token_logprobs_backward(
@@ -208,7 +205,7 @@ def _backward_inplace(  # type: ignore[no-untyped-def]
         temperature,
         ignore_index,
     )
-    if _runs_kernels(logits) and kernels.rows_of(logits) is not None:
+    if runs_kernels(logits) and kernels.rows_of(logits) is not None:
         kernels.backward(logits, *arguments, out=logits)
     else:
         logits.copy_(_backward(logits, *arguments[:3], *arguments[3], *arguments[4:]))
