@@ -74,12 +74,14 @@ class Compiled:
         )
 
 
-def kernels_of(
-    spec: OpSpec, inputs: Sequence[tuple[Callable[[], Inputs], tuple[str, ...]]], target: str
-) -> list[Compiled]:
+Given: TypeAlias = tuple[Callable[[], Inputs], tuple[str, ...]]
+"""What makes inputs, and which of them are frozen."""
+
+
+def kernels_of(spec: OpSpec, inputs: Sequence[Given], target: str) -> list[Compiled]:
     """Every kernel that the operation launches on these inputs, forward and backward, compiled once each."""
     with recording(TARGETS[target]) as found:
-        for make, frozen in given:
+        for make, frozen in inputs:
             _forward_backward(spec, make(), frozen)
     return [_described(kernel, target) for kernel in found.values()]
 
