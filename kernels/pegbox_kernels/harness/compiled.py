@@ -148,7 +148,7 @@ class _Shapes(TorchDispatchMode):
         if written:
             return kwargs[written[0].name] if written[0].is_out else args[0]
         kwargs.pop("pin_memory", None)
-        kwargs.pop("generator", None)
+        kwargs.update({"generator": None} if "generator" in kwargs else {})
         if "device" in kwargs:
             kwargs["device"] = torch.device("meta")
         args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
