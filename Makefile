@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 JOBS ?= 2
+OP ?= all
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -83,11 +84,13 @@ wheels: $(INSTALLED) ## build every distribution into dist/
 	@$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist . $(MEMBERS:%=./%)
 	@ls dist
 
-bench: $(INSTALLED) ## measure the core and print its bounds beside the figures
+bench: $(INSTALLED) ## measure the core, and on a CUDA machine the kernels beside their peers (OP=logprob: one of them)
 	@$(BIN)/python tests/benchmarks/core_overhead.py
+	@$(BIN)/python -m pegbox_kernels.harness.bench $(OP) || test $$? = 2
 
 docs: $(INSTALLED) ## write the generated reference pages and config tables
 	@$(REFERENCE)
+	@$(BIN)/python -m pegbox_kernels.harness.table kernels/benchmarks/results > docs/explanation/kernel-figures.md
 
 clean: ## remove the environment, wheels and caches
 	@rm -rf $(VENV) $(VLLM) dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

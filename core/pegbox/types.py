@@ -7,7 +7,7 @@ Shape suffixes of tensor names:
     R  rollouts
 
 `targets_BT[b, t]` is the token after position t, or -100 where nothing is trained; a document's last token never is.
-`trained_N` holds the flat indices b * T + t of the trained positions, ascending: no device has to be asked.
+`trained_N`: the flat indices b * T + t of the trained positions, ascending: no device has to be asked.
 """
 
 from __future__ import annotations
@@ -59,8 +59,7 @@ class Item(Record):
     """A named thing of an open kind that other plugins may look up with `ctx.items(kind)`; `doc` is one sentence.
 
     Kinds: `format`, `source`, `template`, `optimizer`, `schedule`, `reward`, `health_rule`, `model_format`,
-    `export_format`, or one that a plugin defines. `target` is the object, or `"package.module:attribute"`, imported on
-    use.
+    `export_format`, or a plugin's own. `target` is the object, or `"package.module:attribute"`, imported on use.
     """
 
     kind: str
@@ -98,8 +97,8 @@ class Processor(Record):
 class Example(Record):
     """One tokenized row of T tokens, and columns of its source row by name.
 
-    Labels are not shifted: `labels[t]` is `input_ids[t]` where token t is trained, else -100. `documents` are lengths
-    of the documents packed into this row, summing to T; empty: the row is one document.
+    Labels are not shifted: `labels[t]` is `input_ids[t]` where token t is trained, else -100. `documents`: lengths of
+    those packed into this row, summing to T; empty: the row is one document.
     """
 
     input_ids: Sequence[int]
@@ -178,8 +177,7 @@ class Batch(Record):
 class BatchSource(Stateful, Protocol):
     """Batches of one split. Iterating yields one optimizer step at a time: this rank's micro-batches of it.
 
-    A training source goes on where its state says and ends when the data does; one for evaluation starts anew at each
-    iteration and yields every row once over all ranks.
+    A training source goes on where its state says; one for evaluation yields every row once at each iteration.
     """
 
     examples: Dataset
@@ -318,7 +316,10 @@ class LossOutput(Record):
 
 
 class Loss(Protocol):
-    """A loss declares what it needs and never calls the model. `scope = "batch"`: it needs a whole batch at once."""
+    """A loss declares what it needs and never calls the model. `scope = "batch"`: it needs a whole batch at once.
+
+    An attribute `uniform = True` promises one gradient for all trained log-probabilities, so that a head may use it.
+    """
 
     needs: frozenset[Need]
     scope: Literal["token", "batch"]

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from pegbox.config import CORE_KEYS
+from pegbox_kernels.harness import table
 
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 CODE = re.compile(r"^(`{3,}).*?^\1[ ]*$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
@@ -115,6 +116,12 @@ def test_the_reference_is_what_the_code_says(root: Path) -> None:
         [sys.executable, "-m", "pegbox", *command], cwd=root, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_page_of_kernel_figures_is_what_the_results_say(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table.main([str(root / "kernels/benchmarks/results")])
+    said = capsys.readouterr().out
+    assert (root / "docs/explanation/kernel-figures.md").read_text() == said, "type: make docs"
 
 
 def test_decisions_are_numbered_listed_and_complete(root: Path) -> None:

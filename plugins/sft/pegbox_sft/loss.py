@@ -31,6 +31,7 @@ class SftLoss:
 
     needs: frozenset[Need] = frozenset({"logps"})
     scope: Literal["token", "batch"] = "token"
+    uniform = True
 
     def counts(self, batch: Batch) -> Mapping[str, float]:
         """The number of trained tokens."""
