@@ -95,8 +95,11 @@ def plan(
     json: Json = False,
     quiet: Annotated[bool, typer.Option(help="Only check; print nothing.")] = False,
     model: Annotated[bool, typer.Option("--model", help="Build the model without weights; list every patch.")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="Estimate the memory of a run; with pegbox-memory.")] = False,
 ) -> None:
     """Say who does what in a run, in which order and why, before it starts."""
+    if memory:
+        app(["memory", config, *(overrides or []), *(["--json"] if json else [])])
     from pegbox.plan import compose, plan_model
 
     ctx = compose(config, overrides or [])

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from pluggy import PluginManager
@@ -209,10 +210,7 @@ class Kernel:
     def _blame(self, error: BaseException, hook: str, asked: Sequence[Implementation]) -> None:
         """Note on the exception which plugin raised it: the innermost frame of an implementation that was asked."""
         plugin_of = {inspect.unwrap(i.function).__code__: i.plugin for i in asked}
-        traceback, culprit = error.__traceback__, ""
-        while traceback is not None:
-            culprit = plugin_of.get(traceback.tb_frame.f_code, culprit)
-            traceback = traceback.tb_next
+        culprit = ["", *(plugin_of[f.f_code] for f, _ in walk_tb(error.__traceback__) if f.f_code in plugin_of)][-1]
         if not any(note.startswith("in plugin") for note in getattr(error, "__notes__", ())):
             error.add_note(f"in plugin {self.active[culprit]}, hook {hook}" if culprit else f"in hook {hook}")
 
