@@ -54,8 +54,19 @@ LLAMA_8B = {
     "pad_token_id": 0,
 }
 GPT_OSS_20B = {"num_local_experts": 32, "num_hidden_layers": 24, "pad_token_id": 0}
-DENSE = {"attention": {}, "cce": {}, "lora-kernels": {}, "fused": {}, "activations": {"policy": "auto"}}
-SPARSE = {"gpt-oss-attention": {}, "cce": {}, "scattermoe": {}, "fused": {}, "activations": {"policy": "auto"}}
+DENSE = {
+    "cce": {},
+    "lora-kernels": {},
+    "fused": {"mlp": False, "rope": True},
+    "activations": {"policy": "auto"},
+}
+SPARSE = {
+    "gpt-oss-attention": {},
+    "cce": {},
+    "scattermoe": {},
+    "fused": {"experts": False, "rope": True},
+    "activations": {"policy": "auto"},
+}
 SINKS = Case("GptOssConfig", GPT_OSS_20B, {"target_modules": ATTENTION}, 1, 8192, SPARSE)
 CASES = {
     "llama-8b, all linear": Case("LlamaConfig", LLAMA_8B, {"target_modules": "all-linear"}, 2, 4096, DENSE),
@@ -290,6 +301,10 @@ def contenders(case: Case) -> dict[str, Callable[[], Measured]]:
         fewer = {other: section for other, section in every.items() if other != name}
         found[f"pegbox without {name}"] = lambda fewer=fewer: run_pegbox(case, fewer)  # type: ignore[misc]
     sinks = case.config == "GptOssConfig"
+    owner, key = ("gpt-oss-attention", "backend") if sinks else ("attention", "implementation")
+    for attention in ("pegbox", "flash-attn-4"):
+        chosen = {**every, owner: {key: attention}}
+        found[f"pegbox, attention {attention}"] = lambda chosen=chosen: run_pegbox(case, chosen)  # type: ignore[misc]
     for attention in ("flash_attention_4", *(() if sinks else ("sdpa",))):
         found[f"trl + liger + {attention}"] = lambda attention=attention: run_trl(case, attention)  # type: ignore[misc]
     return found
