@@ -9,12 +9,15 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache
 
 from torch import Tensor
 
-_COMPILING: ContextVar[bool] = ContextVar("pegbox_kernels_compiling", default=False)
+
+class _Mode:
+    """What `compiling` sets for its time; of a ContextVar torch.compile would break its graph."""
+
+    compiling = False
 
 
 @cache
@@ -32,19 +35,19 @@ def runs_kernels(tensor: Tensor) -> bool:
     interpreted = _interpreted()
     if interpreted is None:
         return False
-    return tensor.is_cuda or (tensor.device.type == "cpu" and (interpreted or _COMPILING.get()))
+    return tensor.is_cuda or (tensor.device.type == "cpu" and (interpreted or _Mode.compiling))
 
 
 def values_at_hand(tensor: Tensor) -> bool:
     """Whether looking at values (to check ids, say) costs nothing: on a CPU no device has to be waited for."""
-    return tensor.device.type == "cpu" and not _COMPILING.get()
+    return tensor.device.type == "cpu" and not _Mode.compiling
 
 
 @contextmanager
 def compiling() -> Iterator[None]:
     """Within it, operations on CPU tensors take the way of their kernels."""
-    token = _COMPILING.set(True)
+    _Mode.compiling = True
     try:
         yield
     finally:
-        _COMPILING.reset(token)
+        _Mode.compiling = False

@@ -12,6 +12,11 @@ need, it computes every pair of tokens of a row, and in transformers the host wa
 row is packed. The implementation stays the network's one from the first packed batch on, because layers that are
 computed again in the backward ask for it there; without borders it is torch's usual one, with its masks.
 
+An attention that a plugin brings may do without masks too, and in more layers than torch's. Its function, as registered
+in `AttentionInterface`, then has the attribute `maskless`: a set of what it computes without one, of `documents` (from
+their borders, `cu_seq_lens_q` and `max_length_q`), `sliding_window` (from the argument of that name) and
+`chunked_attention`. In a mask's place it gets one element, and plain rows are causal for it.
+
     B  rows    T  tokens    A  heads    K  heads of keys    D  size of a head    S  document borders
 """
 
@@ -41,6 +46,7 @@ if TYPE_CHECKING:
 MASKLESS = "sdpa_right_padded"
 DOCUMENTS = "sdpa_documents"
 FACTS = "pegbox_attention_facts"
+MASKLESS_PARTS = "maskless"
 NEED_A_MASK = frozenset({"sliding_window", "chunked_attention", "linear_attention"})
 
 HALF = (torch.float16, torch.bfloat16)
@@ -107,18 +113,23 @@ class AttentionFacts:
     """What the one forward asks of a network each time, found once.
 
     Attributes:
-        causal_rows: every layer is causal over the whole row.
+        needs: what a layer has that causality over the whole row is not enough for; empty: it is.
         chunk: tokens that layers with chunked attention see at once, counted from the start of a row.
         borders: packed rows on a GPU in half precision can be attended to by the borders of documents.
         packing_proven: documents of one row were seen not to touch each other, with the attention of this name.
         own_masks: packed rows need masks made by us: the network does not make them from positions.
     """
 
-    causal_rows: bool
+    needs: frozenset[str]
     chunk: int | None
     borders: bool = False
     packing_proven: str | None = None
     own_masks: bool = False
+
+    @property
+    def causal_rows(self) -> bool:
+        """Every layer is causal over the whole row."""
+        return not self.needs
 
 
 def facts_of(network: PreTrainedModel) -> AttentionFacts:
@@ -126,13 +137,22 @@ def facts_of(network: PreTrainedModel) -> AttentionFacts:
     known: AttentionFacts | None = vars(network).get(FACTS)
     if known is None:
         traits = traits_of_config(network.config)
-        causal = "causal" in traits and not traits & NEED_A_MASK and not mixing_layers(network)
+        needs = traits & NEED_A_MASK
+        needs |= frozenset() if "causal" in traits else {"both_sides"}
+        needs |= {"mixing_layers"} if mixing_layers(network) else frozenset()
         chunk = getattr(network.config.get_text_config(), "attention_chunk_size", None)
         known = AttentionFacts(
-            causal, chunk if "chunked_attention" in traits else None, causal and _borders_suffice(network)
+            needs, chunk if "chunked_attention" in traits else None, not needs and _borders_suffice(network)
         )
         setattr(network, FACTS, known)
     return known
+
+
+def maskless(network: PreTrainedModel) -> frozenset[str]:
+    """What the network's attention computes without a mask, as its function says; nothing if some layer needs more."""
+    needs, function = facts_of(network).needs, AttentionInterface().get(network.config._attn_implementation)
+    able: frozenset[str] = frozenset(getattr(function, MASKLESS_PARTS, ()))
+    return able if needs <= able else frozenset()
 
 
 def needs_no_mask(network: PreTrainedModel, batch: Batch) -> bool:

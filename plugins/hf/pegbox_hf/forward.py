@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING
 from pegbox.errors import RunError
 from pegbox.types import Batch, Need, Outputs
 
-from pegbox_hf.attention import DOCUMENTS, attend_by_borders, facts_of, needs_no_mask, no_mask, without_mask
+from pegbox_hf.attention import (
+    DOCUMENTS,
+    attend_by_borders,
+    facts_of,
+    maskless,
+    needs_no_mask,
+    no_mask,
+    without_mask,
+)
 from pegbox_hf.documents import crosses, crossing, document_masks, require_one_chunk, require_separable
 
 if TYPE_CHECKING:
@@ -122,8 +130,10 @@ def trunk_arguments(network: PreTrainedModel, batch: Batch) -> dict[str, object]
     arguments: dict[str, object] = {"input_ids": batch.input_ids_BT, "use_cache": False}
     if batch.position_ids_BT is not None:
         arguments["position_ids"] = batch.position_ids_BT
+    able = maskless(network)
     if batch.cu_seqlens_S is None:
-        arguments["attention_mask"] = batch.attention_mask_BT
+        plain = bool(able) and batch.position_ids_BT is None
+        arguments["attention_mask"] = no_mask(batch) if plain else batch.attention_mask_BT
         return arguments
     if batch.position_ids_BT is None:
         raise RunError(
@@ -133,7 +143,8 @@ def trunk_arguments(network: PreTrainedModel, batch: Batch) -> dict[str, object]
         )
     if network.config._attn_implementation not in DOCUMENTS_FROM_POSITIONS:
         borders = {"cu_seq_lens_q": batch.cu_seqlens_S, "cu_seq_lens_k": batch.cu_seqlens_S}
-        mask = {"attention_mask": no_mask(batch)} if network.config._attn_implementation == DOCUMENTS else {}
+        by_borders = network.config._attn_implementation == DOCUMENTS or "documents" in able
+        mask = {"attention_mask": no_mask(batch)} if by_borders else {}
         return arguments | {**borders, **mask, "max_length_q": batch.max_seqlen, "max_length_k": batch.max_seqlen}
     if facts_of(network).own_masks:
         arguments["attention_mask"] = document_masks(network, batch)

@@ -1,0 +1,1 @@
+"""The plugin `gpt-oss-attention`: for models with sinks, the fastest backend for each kind of layers."""
