@@ -190,7 +190,6 @@ def test_layers_are_the_largest_list_of_modules() -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"policy": "auto"}, "does not exist yet"),
         ({"policy": 0}, "at least 1"),
         ({"policy": "none"}, "nothing would be done"),
         ({"policy": "none", "offload": "cpu", "reentrant": True}, "remove reentrant"),
@@ -222,3 +221,32 @@ def test_only_the_policy_is_patched() -> None:
     model = replace(model_of(), role="reference")
     ctx = compose({"model": {"name": "tiny"}, "plugins": ["activations"]})
     assert ctx.each(hooks.patch_modules, ctx, model, "recompute") == [("activations", [])]
+
+
+def test_a_tensor_that_several_operators_save_is_moved_once() -> None:
+    offload = Offload(min_bytes=0)
+    query, key = torch.nn.Linear(8, 8, bias=False), torch.nn.Linear(8, 8, bias=False)
+    both = torch.nn.ModuleList([query, key])
+    inputs = torch.randn(4, 8, requires_grad=True)
+    with offload.of(both):
+        hidden = inputs * 2.0
+        outputs = query(hidden).sum() + key(hidden).sum() + key(hidden.mul(1.0)).sum()
+    assert offload.moved_bytes == 2 * hidden.numel() * 4
+    outputs.backward()
+    gradient, inputs.grad = inputs.grad, None
+    weight = query.weight.grad.clone()
+    (query(inputs * 2.0).sum() + 2 * key(inputs * 2.0).sum()).backward()
+    torch.testing.assert_close(gradient, inputs.grad)
+    torch.testing.assert_close(weight, query.weight.grad / 2)
+
+
+def test_a_tensor_changed_in_place_is_moved_anew() -> None:
+    offload = Offload(min_bytes=0)
+    layer = torch.nn.Linear(8, 8)
+    with offload.of(layer):
+        hidden = torch.ones(4, 8)
+        first = layer(hidden)
+        hidden.mul_(3.0)
+        second = layer(hidden)
+    (first.sum() + second.sum()).backward()
+    assert torch.equal(layer.weight.grad, torch.full((8, 8), 16.0))

@@ -19,3 +19,13 @@ class TestOffload(PatchConformance):
 class TestReentrant(PatchConformance):
     plugin = "activations"
     config: ClassVar = {"reentrant": True}
+
+
+class TestAuto(PatchConformance):
+    plugin = "activations"
+    config: ClassVar = {"policy": "auto", "memory_gib": 1.0}
+
+
+class TestKeptAttention(PatchConformance):
+    plugin = "activations"
+    config: ClassVar = {"keep": "attention"}
