@@ -1,6 +1,6 @@
 """Measures on one GPU what `pegbox memory` estimates: allocated, reserved and the whole process, beside each other.
 
-    python gpu_memory.py [--results CSV] [--only NAME ...]
+    python tests/benchmarks/gpu_memory.py [--results CSV] [--only NAME ...]
 
 Each contender trains a model with random weights (the architecture of Qwen3-0.6B, or of Llama-8B) for some steps on
 rows of one length, every token trained. The estimate is made first, in the same process, on the same config.
