@@ -26,6 +26,7 @@ import pytest
                 "pack-rows",
                 "quantized-base",
                 "save-memory",
+                "speed-up-training",
                 "watch-a-run",
             )
         ),
