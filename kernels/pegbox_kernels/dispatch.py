@@ -6,36 +6,30 @@ that are not there (`harness/compiled.py`).
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 from torch import Tensor
 
+try:
+    import triton
+except ImportError:
+    TRITON = INTERPRETED = False
+else:
+    TRITON, INTERPRETED = True, bool(triton.knobs.runtime.interpret)
+
 
 class _Mode:
-    """What `compiling` sets for its time; of a ContextVar torch.compile would break its graph."""
+    """What is set for a time; of a ContextVar torch.compile would break its graph."""
 
     compiling = False
-
-
-@cache
-def _interpreted() -> bool | None:
-    """Whether Triton's interpreter runs kernels; None: there is no triton."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
+    interpreting = INTERPRETED
 
 
 def runs_kernels(tensor: Tensor) -> bool:
     """Whether the operation on this tensor is for its Triton kernels."""
-    interpreted = _interpreted()
-    if interpreted is None:
-        return False
-    return tensor.is_cuda or (tensor.device.type == "cpu" and (interpreted or _Mode.compiling))
+    on_host = tensor.device.type == "cpu" and (_Mode.interpreting or _Mode.compiling)
+    return TRITON and (tensor.is_cuda or on_host)
 
 
 def values_at_hand(tensor: Tensor) -> bool:

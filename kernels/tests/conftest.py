@@ -1,4 +1,7 @@
-"""Without a GPU the kernels run in Triton's interpreter, which must be chosen before they are imported."""
+"""Without a GPU the kernels run in Triton's interpreter, which must be chosen before they are imported.
+
+It is chosen for a whole process, and slow: tests of other packages in the same process take plain PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,15 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+from pegbox_kernels import dispatch
+
+dispatch._Mode.interpreting = False
+
+
+@pytest.fixture(autouse=True)
+def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch._Mode, "interpreting", dispatch.INTERPRETED)
 
 
 @pytest.fixture(scope="session")

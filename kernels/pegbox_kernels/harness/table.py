@@ -22,9 +22,9 @@ INTRODUCTION = """<!-- Written by `make docs` from kernels/benchmarks/results: m
 # Kernels: what was measured
 
 Each line is one pass over one workload; both sides ran in one process on one GPU, and ours agreed with its reference
-there before it was timed. The ratio is the fastest peer's time over ours; where it is below 1 the peer is faster, and the
-line is bold. `of limit` is the share of what the GPU's own copy and matrix product allow, as measured in the same run.
-What is not in the table was not measured. How it was measured: `kernels/pegbox_kernels/harness/bench.py`.
+there before it was timed. The ratio is the fastest peer's time over ours; where it is below 1 the peer is faster, and
+the line is bold. `of limit` is the share of what the GPU's own copy and matrix product allow, as measured in the same
+run. What is not in the table was not measured. How it was measured: `kernels/pegbox_kernels/harness/bench.py`.
 """
 HEAD = ("operation", "workload", "pass", "ours, ms", "of limit", "peak, MiB", "fastest peer", "its ms", "ratio")
 

@@ -12,6 +12,8 @@ import torch
 from pegbox.errors import ConfigError
 from torch import Tensor, nn, optim
 
+from pegbox_activations.measuring import parts_of
+
 GIB = 1 << 30
 
 
@@ -128,7 +130,8 @@ def no_budget(device_type: str) -> ConfigError:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in map(_local, tensors))
+    parts = (part for tensor in map(_local, tensors) for part in parts_of(tensor))
+    return sum(part.numel() * part.element_size() for part in parts)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -84,3 +84,9 @@ def _tensors(value: object) -> Iterator[Tensor]:
         yield from (tensor for part in value.values() for tensor in _tensors(part))
     elif isinstance(value, list | tuple):
         yield from (tensor for part in value for tensor in _tensors(part))
+
+
+def parts_of(weight: Tensor) -> list[Tensor]:
+    """The tensors that a weight lies in: itself, or those that a subclass keeps it in (packed values and scales)."""
+    names = weight.__tensor_flatten__()[0] if hasattr(weight, "__tensor_flatten__") else []
+    return [getattr(weight, name) for name in names] or [weight]

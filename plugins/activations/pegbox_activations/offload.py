@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from pegbox_activations.measuring import parts_of
+
 if TYPE_CHECKING:
     from torch.nn import Module
 
@@ -127,7 +129,7 @@ class Offload:
     @contextmanager
     def of(self, module: Module) -> Iterator[None]:
         """Within it, what autograd saves lies in host memory; parameters of `module` stay."""
-        own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+        own = {part.untyped_storage().data_ptr() for weight in module.parameters() for part in parts_of(weight)}
         self._known = {key: both for key, both in self._known.items() if not both[0].expired() and both[1]()}
 
         def pack(tensor: Tensor) -> Tensor | HostCopy:

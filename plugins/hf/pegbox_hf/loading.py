@@ -7,6 +7,7 @@ smaller than its last bit would be lost. With adapters the base keeps its type a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from pegbox.context import Context
     from pegbox.types import ModelRequest
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 SHOWN = 3
@@ -43,9 +44,9 @@ def load_model(ctx: Context, request: ModelRequest) -> Model:
     Raises:
         UserError: it is not there, is no causal language model, lacks weights, or an option is not supported.
     """
-    if request.options.keep_packed is not None:
+    if request.options.keep_packed is not None and request.options.quantization is None:
         raise UserError(
-            f"parameters {', '.join(request.options.keep_packed)} are to stay packed",
+            f"parameters {', '.join(request.options.keep_packed)} are to stay packed, and no quantization says how",
             "This loader unpacks quantized weights or leaves them to the quantization that was asked for.",
             "Remove the plugin that asks for it, or load the model with one that can.",
         )
@@ -155,7 +156,7 @@ def _require_quantizable(opened: Opened, request: ModelRequest) -> None:
     """Raise if weights are asked to be quantized twice, or quantized ones to come from another process.
 
     A request whose only effect is how stored quantized weights are loaded (transformers: loading attributes) may meet
-    a checkpoint of its own kind.
+    a checkpoint of its own kind. One that keeps parameters packed reads what is stored itself, and says what it cannot.
     """
     stored, asked = getattr(opened.config, "quantization_config", None), request.options.quantization
     if (stored or asked) and request.options.empty:
@@ -164,7 +165,7 @@ def _require_quantizable(opened: Opened, request: ModelRequest) -> None:
             "Quantized weights come with scales that belong to no parameter.",
             "Have every process load the weights, or remove the plugin that quantizes.",
         )
-    if stored is not None and asked is not None:
+    if stored is not None and asked is not None and request.options.keep_packed is None:
         method = getattr(stored, "quant_method", None) or dict(stored).get("quant_method")
         loading: dict[str, object] = getattr(asked, "get_loading_attributes", dict)()
         if not loading or getattr(asked, "quant_method", None) != method:
@@ -225,6 +226,8 @@ def _from_weights(ctx: Context, opened: Opened, request: ModelRequest, dtype: st
             module, missing = load_text_part(opened.base.address, opened.whole, opened.config, **arguments)
         else:
             config = {"config": opened.config} if _changed(ctx, request) else {}
+            if request.options.keep_packed is not None:
+                config = {"config": _without_quantization(opened.config)}
             module, report = AutoModelForCausalLM.from_pretrained(
                 opened.base.address, output_loading_info=True, **config, **arguments
             )
@@ -236,6 +239,14 @@ def _from_weights(ctx: Context, opened: Opened, request: ModelRequest, dtype: st
 def _changed(ctx: Context, request: ModelRequest) -> bool:
     settings = ctx.section(HfConfig)
     return request.name == ctx.config.run.model.name and bool(settings.config_overrides or settings.rope_scaling)
+
+
+def _without_quantization(config: PretrainedConfig) -> PretrainedConfig:
+    """A config that says nothing of how weights are stored: who keeps them packed reads the stored form."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
 
 
 def _quantization(ctx: Context, request: ModelRequest) -> dict[str, object]:

@@ -47,12 +47,6 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True)
-def _plain_reference_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests of kernels in the same process choose Triton's interpreter, which takes half a minute for a model here."""
-    monkeypatch.setattr("pegbox_kernels.dispatch._interpreted", lambda: False)
-
-
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny gpt-oss with random weights, sinks and biases among them."""
