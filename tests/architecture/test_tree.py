@@ -30,7 +30,7 @@ TOP_LEVEL = {
 VAGUE = re.compile(r"(^|_)(utils?|helpers?|common|misc|managers?)(_|$)|^base_")
 MACHINE_PATH = re.compile(r"/(?:home|root|work|farm|mnt|Users)/\w")
 UMBRELLA = "pegbox"
-SHORT_NAMES = {"optim": ("adamw",)}
+SHORT_NAMES = {"attention": ("gpt-oss-attention",), "optim": ("adamw",)}
 """Plugins that a distribution brings under a name of their own, and extras that are called so."""
 
 

@@ -58,7 +58,7 @@ def _backward(shape: Shape, default: Launch) -> Iterator[Launch]:
     if fits(shape.window, shape.width, shape.dtype.itemsize):
         for chunk in (128, 256):
             for heads, warps in ((1, 4), (1, 8), (shape.packed(2), 8), (shape.packed(4), 16)):
-                for stages in (1, 2):
+                for stages in (1, 2) if warps <= 8 else (1,):
                     yield replace(default, way="window", window=Walk(chunk, heads, warps, stages))
     masked = shape.window is not None and shape.window <= 512
     keys = (

@@ -266,12 +266,7 @@ def backward(
     scale = shape.scale / LN2.value
     window = shape.window or 0
     walk_kernel[(blocks * shape.kv_heads,)](
-        saved.q,
-        saved.k,
-        saved.v,
-        saved.dout,
-        saved.out,
-        saved.lse,
+        *(saved.q, saved.k, saved.v, saved.dout, saved.out, saved.lse),
         saved.lse if saved.dlse is None else saved.dlse,
         saved.lse if saved.sinks is None else saved.sinks,
         dq,

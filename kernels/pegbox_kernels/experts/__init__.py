@@ -16,7 +16,7 @@ Shapes: T tokens, K choices of each, E experts, H hidden, I intermediate, J = 2 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,20 +71,16 @@ def moe_experts(
     save: Save = "preactivation",
     routing: Routing | None = None,
 ) -> Tensor:
-    """Send each token through its experts and add their outputs by the router weights.
+    """Send each token through its experts and add their outputs by the router weights: (T, H), dtype of `hidden_TH`.
 
-    Differentiable once in `hidden_TH`, `weights_TK`, both LoRAs, and in weights and biases that require a gradient.
-    An expert that no token chose gets gradients of zero. An index that is no expert (below 0, or E and above) adds
-    nothing.
+    Differentiable once in `hidden_TH`, `weights_TK`, both LoRAs, and in weights and biases that require a gradient; an
+    expert that no token chose gets zeros. An index that is no expert (below 0, or E and above) adds nothing.
 
     Args:
-        hidden_TH: (T, H), bf16, fp16 or fp32; the weights have its dtype.
-        experts_TK: (T, K), int64 or int32.
-        weights_TK: (T, K), any floating dtype.
+        hidden_TH: bf16, fp16 or fp32; the weights have its dtype. experts_TK: int64 or int32. weights_TK: floats.
         gate_up: (E, H, J) if `transposed`, else (E, J, H); or packed (E, J, H), whatever `transposed` says: unpacked
             in each pass into memory that is freed at its end, and frozen.
         down: (E, I, H) if `transposed`, else (E, H, I); or packed (E, H, I).
-        gate_up_bias_EJ, down_bias_EH: (E, J) and (E, H).
         activation: `swiglu`: silu(gate) up; `gpt_oss`: (up + 1) gate sigmoid(alpha gate), gate at most `limit`, up
             between -`limit` and `limit`.
         interleaved: gate is every other column of gate_up, from the first on (gpt-oss); else gate is its first half.
@@ -95,40 +91,72 @@ def moe_experts(
             kernel multiplies and nothing is kept, the activation sees the product before it is rounded.
         routing: the sorted rows of `experts_TK`, if you have them; else they are sorted here.
 
-    Returns:
-        (T, H), in the dtype of `hidden_TH`.
-
     Raises:
         ValueError: shapes, dtypes or options do not fit.
     """
-    options = (activation, base, save)
-    _check(hidden_TH, experts_TK, weights_TK, gate_up, down, gate_up_bias_EJ, down_bias_EH, transposed, options)
-    size = _sizes(gate_up, transposed)[2]
-    _check_lora("lora_gate_up", lora_gate_up, (_experts(gate_up), hidden_TH.shape[1], size), hidden_TH)
-    _check_lora("lora_down", lora_down, (_experts(gate_up), size // 2, hidden_TH.shape[1]), hidden_TH)
-    loras = (_in_dtype(lora_gate_up, hidden_TH), _in_dtype(lora_down, hidden_TH))
-    if not _has_kernels(hidden_TH.device.type):
-        if base == "grouped_mm":
-            raise ValueError(
-                f"base='grouped_mm' with tensors on {hidden_TH.device}: experts on a CPU run one by one. "
-                "Use base='auto'."
-            )
-        return reference.moe_experts(
-            hidden_TH,
-            experts_TK,
-            weights_TK,
-            _unpacked(gate_up, transposed, hidden_TH.dtype),
-            _unpacked(down, transposed, hidden_TH.dtype),
-            gate_up_bias_EJ=gate_up_bias_EJ,
-            down_bias_EH=down_bias_EH,
-            activation=activation,
-            interleaved=interleaved,
-            transposed=transposed,
-            alpha=alpha,
-            limit=limit,
-            lora_gate_up=loras[0],
-            lora_down=loras[1],
+    layer = Layer(
+        *(gate_up, down, gate_up_bias_EJ, down_bias_EH, activation, interleaved, transposed, float(alpha), float(limit))
+    )
+    _check(hidden_TH, experts_TK, weights_TK, *layer[:4], transposed, (activation, base, save))
+    loras = _loras(hidden_TH, layer, lora_gate_up, lora_down)
+    if not runs_kernels(hidden_TH):
+        return _one_by_one(hidden_TH, experts_TK, weights_TK, layer, loras, base)
+    routing = routing or Routing.of(experts_TK, _experts(gate_up))
+    return _by_kernels(hidden_TH, experts_TK, weights_TK, layer, loras, routing, base, save)
+
+
+class Layer(NamedTuple):
+    """The experts of a layer, as `moe_experts` is given them."""
+
+    gate_up: Tensor | PackedMxfp4
+    down: Tensor | PackedMxfp4
+    gate_up_bias_EJ: Tensor | None
+    down_bias_EH: Tensor | None
+    activation: Activation
+    interleaved: bool
+    transposed: bool
+    alpha: float
+    limit: float
+
+
+Factors = tuple[Tensor, Tensor, float]
+"""a_ERI, b_EOR and the scale, in the dtype of the layer."""
+Loras = tuple[Factors | None, Factors | None]
+
+
+def _loras(hidden_TH: Tensor, layer: Layer, gate_up: ExpertLora | None, down: ExpertLora | None) -> Loras:
+    """Both LoRAs in the dtype of the layer, checked."""
+    experts, size = _experts(layer.gate_up), _sizes(layer.gate_up, layer.transposed)[2]
+    _check_lora("lora_gate_up", gate_up, (experts, hidden_TH.shape[1], size), hidden_TH)
+    _check_lora("lora_down", down, (experts, size // 2, hidden_TH.shape[1]), hidden_TH)
+    return _in_dtype(gate_up, hidden_TH), _in_dtype(down, hidden_TH)
+
+
+def _one_by_one(
+    hidden_TH: Tensor, experts_TK: Tensor, weights_TK: Tensor, layer: Layer, loras: Loras, base: Base
+) -> Tensor:
+    if base == "grouped_mm":
+        raise ValueError(
+            f"base='grouped_mm' with tensors on {hidden_TH.device}: experts on a CPU run one by one. Use base='auto'."
         )
+    unpacked = layer._replace(
+        gate_up=_unpacked(layer.gate_up, layer.transposed, hidden_TH.dtype),
+        down=_unpacked(layer.down, layer.transposed, hidden_TH.dtype),
+    )
+    options = {**unpacked._asdict(), "lora_gate_up": loras[0], "lora_down": loras[1]}
+    return reference.moe_experts(hidden_TH, experts_TK, weights_TK, **options)
+
+
+def _by_kernels(
+    hidden_TH: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    layer: Layer,
+    loras: Loras,
+    routing: Routing,
+    base: Base,
+    save: Save,
+) -> Tensor:
     if hidden_TH.dtype not in DTYPES:
         raise ValueError(
             f"hidden_TH is {hidden_TH.dtype}: the kernels compute bf16, fp16 and fp32. Use hidden_TH.float(), or "
@@ -136,20 +164,15 @@ def moe_experts(
         )
     from pegbox_kernels.experts import operators
 
-    routing = routing or Routing.of(experts_TK, _experts(gate_up))
     factors = [tensor for lora in loras for tensor in (lora[:2] if lora else (None, None))]
     tensors = (
-        *(hidden_TH, experts_TK, weights_TK, *routing, *_stored(gate_up), *_stored(down)),
-        *(gate_up_bias_EJ, down_bias_EH, *factors),
+        *(hidden_TH, experts_TK, weights_TK, *routing, *_stored(layer.gate_up), *_stored(layer.down)),
+        *(layer.gate_up_bias_EJ, layer.down_bias_EH, *factors),
     )
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     out, *_ = operators.forward(
         *tensors,
-        transposed,
-        activation,
-        interleaved,
-        float(alpha),
-        float(limit),
+        *(layer.transposed, layer.activation, layer.interleaved, layer.alpha, layer.limit),
         *(float(lora[2]) if lora else 1.0 for lora in loras),
         base,
         save == "preactivation" and trained,
@@ -178,15 +201,10 @@ def _unpacked(weight: Tensor | PackedMxfp4, transposed: bool, dtype: torch.dtype
     return found.transpose(1, 2) if transposed else found
 
 
-def _in_dtype(lora: ExpertLora | None, hidden: Tensor) -> tuple[Tensor, Tensor, float] | None:
+def _in_dtype(lora: ExpertLora | None, hidden: Tensor) -> Factors | None:
     if lora is None:
         return None
     return lora.a_ERI.to(hidden.dtype), lora.b_EOR.to(hidden.dtype), lora.scale
-
-
-@torch.compiler.assume_constant_result
-def _has_kernels(device: str) -> bool:
-    return runs_kernels(torch.empty(0, device=device))
 
 
 def _check(

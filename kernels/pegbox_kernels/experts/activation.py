@@ -187,6 +187,26 @@ def forward(
 
 
 @triton.jit
+def _pair_bias(bias, at_gate, at_up, mask):
+    gate = tl.load(bias + at_gate, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(bias + at_up, mask=mask, other=0.0).to(tl.float32)
+    return gate[None, :], up[None, :]
+
+
+@triton.jit
+def _pair_factor(factor, at_gate, at_up, r, mask, rank, column_stride, rank_stride):
+    gate = _factor(factor, at_gate, r, mask, rank, column_stride, rank_stride)
+    return gate, _factor(factor, at_up, r, mask, rank, column_stride, rank_stride)
+
+
+@triton.jit
+def _ranks(values, row, inside, r, rank):
+    """(ROWS, R) of values (N, rank)."""
+    at = values + row[:, None] * rank + r[None, :]
+    return tl.load(at, mask=inside[:, None] & (r < rank)[None, :], other=0.0)
+
+
+@triton.jit
 def backward_kernel(
     z,
     u,
@@ -205,7 +225,6 @@ def backward_kernel(
     grams_out,
     sums,
     rows_in_all,
-    experts,
     size,
     rank_in,
     rank_out,
@@ -249,13 +268,10 @@ def backward_kernel(
     r_in, r_out = tl.arange(0, RANK_IN), tl.arange(0, RANK_OUT)
     dtype: tl.constexpr = z.dtype.element_ty
     if BIAS:
-        b = bias + expert * (2 * size)
-        gate_bias = tl.load(b + at_gate, mask=mask, other=0.0).to(tl.float32)[None, :]
-        up_bias = tl.load(b + at_up, mask=mask, other=0.0).to(tl.float32)[None, :]
+        gate_bias, up_bias = _pair_bias(bias + expert * (2 * size), at_gate, at_up, mask)
     if ADD_IN:
         f = factor_in + expert * in_expert
-        gate_factor = _factor(f, at_gate, r_in, mask, rank_in, in_column, in_rank)
-        up_factor = _factor(f, at_up, r_in, mask, rank_in, in_column, in_rank)
+        gate_factor, up_factor = _pair_factor(f, at_gate, at_up, r_in, mask, rank_in, in_column, in_rank)
     if ADD_OUT:
         h_factor = _factor(factor_out + expert * out_expert, column, r_out, mask, rank_out, out_column, out_rank)
     gate_gram = tl.zeros([RANK_IN, COLUMNS], tl.float32)
@@ -264,19 +280,16 @@ def backward_kernel(
     gate_sum = tl.zeros([COLUMNS], tl.float32)
     up_sum = tl.zeros([COLUMNS], tl.float32)
     for first in tl.range(begin, end, ROWS, num_stages=STAGES):
-        row = first + tl.arange(0, ROWS)
+        row = (first + tl.arange(0, ROWS)).to(tl.int64)
         inside = row < end
         weight = tl.load(weights + tl.load(order + row, mask=inside, other=0), mask=inside, other=0.0).to(tl.float32)
-        row = row.to(tl.int64)
         both = inside[:, None] & mask[None, :]
         gate, up = load_pair(z + row * (2 * size), tl.program_id(0) * COLUMNS, size, inside, INTERLEAVED, COLUMNS)
         grad = tl.load(u + row[:, None] * size + column[None, :], mask=both, other=0.0).to(tl.float32)
         if LORA_IN:
-            p_mask = inside[:, None] & (r_in < rank_in)[None, :]
-            p = tl.load(projected + row[:, None] * rank_in + r_in[None, :], mask=p_mask, other=0.0)
+            p = _ranks(projected, row, inside, r_in, rank_in)
         if LORA_OUT:
-            q_mask = inside[:, None] & (r_out < rank_out)[None, :]
-            q = tl.load(v + row[:, None] * rank_out + r_out[None, :], mask=q_mask, other=0.0)
+            q = _ranks(v, row, inside, r_out, rank_out)
         if BIAS:
             gate += gate_bias
             up += up_bias
@@ -293,8 +306,7 @@ def backward_kernel(
         d_up = tl.where(both, d_up * grad, 0.0)
         store_pair(dz + row * (2 * size), d_gate, d_up, tl.program_id(0) * COLUMNS, size, inside, INTERLEAVED, COLUMNS)
         if WRITE_H:
-            at = weighted_h + row[:, None] * size + column[None, :]
-            tl.store(at, rounded(h * weight[:, None], dtype), mask=both)
+            tl.store(weighted_h + row[:, None] * size + column[None, :], rounded(h * weight[:, None], dtype), mask=both)
         if LORA_IN:
             gate_gram = product(tl.trans(p), rounded(d_gate, dtype), gate_gram, PRECISION)
             up_gram = product(tl.trans(p), rounded(d_up, dtype), up_gram, PRECISION)
@@ -304,7 +316,7 @@ def backward_kernel(
         if SUM:
             gate_sum += tl.sum(d_gate, 0)
             up_sum += tl.sum(d_up, 0)
-    place = (share.to(tl.int64) * experts + expert) * size
+    place = (share.to(tl.int64) * tl.num_programs(1) + expert) * size
     if LORA_IN:
         known = mask[None, :] & (r_in < rank_in)[:, None]
         grams = grams_in + 2 * place * rank_in + r_in[:, None]
@@ -327,6 +339,36 @@ class Gradients(NamedTuple):
     db_in: Tensor | None
     da_out: Tensor | None
     dbias: Tensor | None
+
+
+class Given(NamedTuple):
+    """What a backward has and gives; see `backward`."""
+
+    bias: bool
+    lora_in: bool
+    lora_out: bool
+    added_already: bool
+    write_h: bool
+    summed: bool
+
+
+def _backward_constants(gate: Gate, given: Given, launch: Launch) -> dict[str, int]:
+    return {
+        "GPT_OSS": gate.activation == "gpt_oss",
+        "INTERLEAVED": gate.interleaved,
+        "BIAS": given.bias,
+        "LORA_IN": given.lora_in,
+        "ADD_IN": given.lora_in and not given.added_already,
+        "LORA_OUT": given.lora_out,
+        "ADD_OUT": given.lora_out and not given.added_already,
+        "WRITE_H": given.write_h,
+        "SUM": given.summed,
+        "ROWS": launch.rows,
+        "COLUMNS": launch.columns,
+        "STAGES": launch.stages,
+        "num_warps": launch.warps,
+        "num_stages": launch.stages,
+    }
 
 
 def backward(
@@ -367,48 +409,20 @@ def backward(
     grams_in = None if lora_in is None else partial(2 * size, rank_in)
     grams_out = None if lora_out is None else partial(rank_out, size)
     sums = partial(2 * size) if summed else None
+    given = Given(bias is not None, lora_in is not None, lora_out is not None, added_already, write_h, summed)
     with torch.cuda.device_of(z):
         backward_kernel[(columns, experts, parts)](
-            z,
-            u,
-            bias,
-            *(lora_in or (None, None)),
-            *(lora_out or (None, None)),
-            weights,
-            routing.order_N,
-            routing.offsets_E,
-            dz,
-            weighted_h,
-            dots,
-            grams_in,
-            grams_out,
-            sums,
-            rows,
-            experts,
-            size,
-            rank_in,
-            rank_out,
+            *(z, u, bias, *(lora_in or (None, None)), *(lora_out or (None, None)), weights),
+            *(routing.order_N, routing.offsets_E, dz, weighted_h, dots, grams_in, grams_out, sums),
+            *(rows, size, rank_in, rank_out),
             *((0, 0, 0) if lora_in is None else lora_in[1].stride()),
             *((0, 0, 0) if lora_out is None else lora_out[1].stride()),
             gate.alpha,
             gate.limit,
-            GPT_OSS=gate.activation == "gpt_oss",
-            INTERLEAVED=gate.interleaved,
-            BIAS=bias is not None,
-            LORA_IN=lora_in is not None,
-            ADD_IN=lora_in is not None and not added_already,
-            LORA_OUT=lora_out is not None,
-            ADD_OUT=lora_out is not None and not added_already,
-            WRITE_H=write_h,
-            SUM=summed,
+            **_backward_constants(gate, given, launch),
             PRECISION=precision(z),
             RANK_IN=padded_rank(rank_in),
             RANK_OUT=padded_rank(rank_out),
-            ROWS=launch.rows,
-            COLUMNS=launch.columns,
-            STAGES=launch.stages,
-            num_warps=launch.warps,
-            num_stages=launch.stages,
         )
     return Gradients(dz, weighted_h, dots, added(grams_in), added(grams_out), added(sums))
 

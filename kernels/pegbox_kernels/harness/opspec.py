@@ -66,6 +66,7 @@ class OpSpec:
         contenders: `contenders(inputs)` gives callables by name, ours and its peers'; a peer that is not
             installed or cannot do it is left out. Each returns tensors to differentiate.
         variants: `variants(inputs)` gives callables by name that differ in launch settings only.
+        spilling: kernels that are known to keep registers in memory on some GPU; the README says why.
         floor: error allowed beyond twice that of plain PyTorch, relative to the largest value of the tensor
             (1 at least).
     """
@@ -81,6 +82,7 @@ class OpSpec:
     workloads: tuple[Workload, ...]
     contenders: Callable[[Inputs], Mapping[str, Callable[[], Outputs]]]
     variants: Callable[[Inputs], Mapping[str, Callable[[], object]]] = field(default=lambda _: {})
+    spilling: frozenset[str] = frozenset()
     floor: float = 1e-6
 
     def leaves(self, inputs: Inputs, frozen: tuple[str, ...]) -> dict[str, Tensor]:
