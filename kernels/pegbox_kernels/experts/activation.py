@@ -257,10 +257,9 @@ def backward_kernel(
     ADD_IN, ADD_OUT: the rank products are not in z and u yet.
     """
     expert = tl.program_id(1).to(tl.int64)
-    share = tl.program_id(2)
     begin, end = bounds(offsets, expert)
     part = tl.cdiv(tl.cdiv(end - begin, tl.num_programs(2)), ROWS) * ROWS
-    begin += share * part
+    begin += tl.program_id(2) * part
     end = tl.minimum(end, begin + part)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     mask = column < size
@@ -316,7 +315,7 @@ def backward_kernel(
         if SUM:
             gate_sum += tl.sum(d_gate, 0)
             up_sum += tl.sum(d_up, 0)
-    place = (share.to(tl.int64) * tl.num_programs(1) + expert) * size
+    place = (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + expert) * size
     if LORA_IN:
         known = mask[None, :] & (r_in < rank_in)[:, None]
         grams = grams_in + 2 * place * rank_in + r_in[:, None]
