@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from pegbox_kernels import dispatch
 from pegbox_kernels.logprob import kernels, reference, token_logprobs
 
 V = 123
@@ -257,13 +258,11 @@ def test_a_wrong_argument_is_named_with_the_value_seen(change: dict, message: st
 
 def test_without_triton_the_reference_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a machine with neither GPU nor interpreter computes: the same numbers, by plain PyTorch."""
-    import pegbox_kernels.logprob as op
-
     logits, targets = rows(vocab=1000, dtype=torch.bfloat16)
     targets[2] = -100
     results = []
-    for module in (kernels, None):
-        monkeypatch.setattr(op, "kernels", module)
+    for there in (True, False):
+        monkeypatch.setattr(dispatch, "TRITON", there)
         leaf = logits.clone().requires_grad_()
         found = token_logprobs(leaf, targets, temperature=0.8, entropy=True)
         (grad,) = torch.autograd.grad(found.logps.sum() + found.entropy.sum(), (leaf,))

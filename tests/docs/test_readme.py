@@ -16,7 +16,8 @@ from pegbox.plan import compose, require_training
 if TYPE_CHECKING:
     from conftest import Member
 
-MOST_LINES = 150
+MOST_LINES = 115
+"""Besides the table of packages, which has a line for each."""
 ROW = re.compile(r"^\| \[(?P<name>[\w-]+)\]\((?P<path>[\w/-]+)\) \| .+ \| (?P<fills>[^|]+) \|$", re.MULTILINE)
 
 
@@ -33,7 +34,8 @@ def shown(readme: Path, run_page: Callable[[Path, Path], None], tmp_path: Path) 
 
 
 def test_it_is_short(readme: Path) -> None:
-    assert len(readme.read_text().splitlines()) <= MOST_LINES
+    lines = readme.read_text().splitlines()
+    assert len([line for line in lines if not ROW.match(line)]) <= MOST_LINES
 
 
 def test_its_config_is_a_complete_run(shown: Path) -> None:

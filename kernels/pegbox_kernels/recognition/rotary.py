@@ -12,6 +12,7 @@ another way is left alone.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache, lru_cache
 from inspect import signature
 from types import FunctionType, MethodType
 from typing import Literal
@@ -59,6 +60,7 @@ def function_of(module: nn.Module) -> Turn:
     return found
 
 
+@cache
 def turning(kind: RopeKind) -> Turn:
     """A function to be called like transformers' `apply_rotary_pos_emb`."""
 
@@ -75,16 +77,17 @@ def turning(kind: RopeKind) -> Turn:
 
 def forward_with(module: nn.Module, turn: Turn) -> Callable[..., object]:
     """The forward of the module's class, bound to the module, with `turn` under the function's name."""
-    forward = type(module).forward
-    copy = FunctionType(
-        forward.__code__,
-        {**forward.__globals__, NAME: turn},
-        forward.__name__,
-        forward.__defaults__,
-        forward.__closure__,
-    )
+    return MethodType(_copy(type(module).forward, turn), module)
+
+
+@lru_cache(maxsize=64)
+def _copy(forward: FunctionType, turn: Turn) -> FunctionType:
+    """One for all layers of a class, with code of its own: torch.compile keeps what it made by code, with its scope."""
+    scope = {**forward.__globals__, NAME: turn}
+    del scope["__name__"]  # by which torch.compile would look names up in the file's own scope, and not here
+    copy = FunctionType(forward.__code__.replace(), scope, forward.__name__, forward.__defaults__, forward.__closure__)
     copy.__kwdefaults__ = forward.__kwdefaults__
-    return MethodType(copy, module)
+    return copy
 
 
 @torch.no_grad()
