@@ -329,4 +329,5 @@ SPEC = OpSpec(
     workloads=WORKLOADS,
     contenders=_contenders,
     variants=_variants,
+    spilling=frozenset({"walk_kernel", "keys_kernel"}),
 )
