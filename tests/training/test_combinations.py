@@ -78,8 +78,18 @@ FACTORS: Factors = {
         ),
     },
 }
+
+
+def some(factor: str, *choices: str) -> Mapping[str, Choice]:
+    return {choice: FACTORS[factor][choice] for choice in choices}
+
+
 SLOW: Factors = {
     **FACTORS,
+    "activations": some("activations", "off", "full", "auto"),
+    "head": some("head", "whole", "cce"),
+    "kernels": some("kernels", "none", "both"),
+    "observers": some("observers", "none"),
     "optimizer": {"adamw": FACTORS["optimizer"]["adamw"], "torchao": optimizer("adamw_torchao_8bit", "torchao-optim")},
     "compile": {
         "off": OFF,
