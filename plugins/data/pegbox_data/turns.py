@@ -119,11 +119,11 @@ class Rendering:
 
         Phi-3's template puts EOS after a conversation: the two renderings differ, but behind `<|end|>`.
         """
-        alike, content = self.text[start : change.at], (self.talk.messages[index].get("content") or "").strip()
-        end = self._last_end(alike)
-        if not content or content not in alike[:end] or not self.text[start + end].isspace():
+        end = start + self._last_end(self.text[start : change.at])
+        after = self._content_end(self.borders, index)
+        if after is None or not start < after <= end or not self.text[end].isspace():
             raise change
-        return start + end
+        return end
 
     def _last_end(self, text: str) -> int:
         """Where the last of the tokens that end a turn ends in `text`; 0 if there is none."""

@@ -245,6 +245,13 @@ def test_the_text_is_what_transformers_renders(template, tokenizer_for, masked):
     assert rendered >= 10
 
 
+def test_an_answer_like_a_part_of_its_header_is_not_cut_there(tokenizer_for, masked):
+    """Its header holds the answer's only letter, and the answer begins with a space: neither is its end."""
+    messages = [user(""), said(" <"), user(""), said("")]
+    with pytest.raises(DataError, match="differently in the conversation"):
+        masked(tokenizer_for("trl:gptoss", twins=False), messages)
+
+
 def test_no_template_refuses_what_it_should_take(tokenizer_for, masked):
     """How many shapes each template renders: a template that suddenly refuses rows would pass all else."""
     counts = {}
