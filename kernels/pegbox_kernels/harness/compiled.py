@@ -129,6 +129,8 @@ class _NoGpu:
 
 READS = frozenset({"aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero"})
 KEPT = frozenset({"aten::detach", "aten::lift_fresh"})
+COPIES = frozenset({"aten::to", "aten::contiguous", "aten::reshape"})
+"""Views by their schema that may copy."""
 
 
 class _Shapes(TorchDispatchMode):
@@ -140,7 +142,7 @@ class _Shapes(TorchDispatchMode):
         if name in OPDEFS:
             with self:
                 return OPDEFS[name]._init_fn(*args, **kwargs)
-        if func.namespace != "aten" or func.is_view or name in KEPT:
+        if func.namespace != "aten" or (func.is_view and name not in COPIES) or name in KEPT:
             return func(*args, **kwargs)
         if name in READS:
             raise RuntimeError(f"{func}: the host reads a value, for which it would have to wait for the device")
