@@ -1,24 +1,9 @@
-"""The plugin keeps the contract of plugins and of patches."""
+"""The plugin keeps the contract of plugins; its patches need adapters, see test_patch_contract.py."""
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-from adapted_models import adapted
-from pegbox.testing import PatchConformance, PluginConformance
-from pegbox.types import Model
+from pegbox.testing import PluginConformance
 
 
-class TestLoraKernels(PluginConformance, PatchConformance):
+class TestLoraKernels(PluginConformance):
     plugin = "lora-kernels"
-
-    def model(self) -> Model:
-        return adapted()
-
-
-class TestInputAlone(PatchConformance):
-    plugin = "lora-kernels"
-    config: ClassVar = {"mlp_keeps": "input", "qkv": False}
-
-    def model(self) -> Model:
-        return adapted(use_dora=True)
