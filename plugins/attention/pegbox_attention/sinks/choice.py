@@ -1,8 +1,6 @@
 """Which backend computes which layers: an order for each kind of layers, and what each backend needs.
 
-The orders are data with their reason, to be changed by measurements. On one H100 at 8,192 tokens with 64 heads of 64,
-forward and backward, flash-attn-4 took 3.92 ms for a whole row and 0.68 ms for a window of 128, flex attention 6.97
-and 1.13 ms, and eager attention 183 ms and 33 GB. `pegbox` is not measured yet.
+The orders are data with their reason: expectations, to be changed by measurements.
 
     H  heads    K  heads of keys and values    D  size of a head
 """
@@ -37,12 +35,10 @@ class Preference:
 
 
 PREFERENCES: dict[Kind, Preference] = {
-    "full": Preference(
-        ("flash-attn-4", "pegbox", "flex", "eager"), "flash-attn-4 is the fastest that was measured on whole rows"
-    ),
+    "full": Preference(("flash-attn-4", "pegbox", "flex", "eager"), "flash-attn-4 is written for these GPUs alone"),
     "window": Preference(
         ("pegbox", "flash-attn-4", "flex", "eager"),
-        "pegbox reads only the keys a window sees, and others pay as much for starting as for computing",
+        "pegbox has a backward of its own for short windows, in one pass",
     ),
 }
 
