@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING
 from pegbox.errors import ConfigError
 
 from pegbox_attention.installed import absent
+from pegbox_attention.place import EVERY, GPUS, HALF, generation
 
 if TYPE_CHECKING:
-    import torch
     from pegbox.types import Model, Runtime
 
-HALF = frozenset({"bf16", "fp16"})
-EVERY = frozenset({"bf16", "fp16", "fp32", "fp64"})
 DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 NAMES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32", "torch.float64": "fp64"}
 
@@ -56,7 +54,6 @@ class Capability:
 
 
 ANY_SIZE = (1, 1 << 16, 1)
-GPUS = frozenset({"sm_80", "sm_90", "sm_100", "sm_120", "amd"})
 CAPABILITIES: dict[str, Capability] = {
     "eager": Capability(
         name="eager",
@@ -198,20 +195,6 @@ def place_of(runtime: Runtime, asked: Asked) -> Place:
     """Where and how a run computes; without autocast the arithmetic is that of the weights."""
     dtype = runtime.precision if runtime.precision in HALF else asked.dtype
     return Place(generation(runtime.device), dtype)
-
-
-def generation(device: torch.device) -> str:
-    """`cpu`, `amd`, or the first GPU of the generation, as `sm_80` for all of Ampere and Ada."""
-    import torch
-
-    if device.type != "cuda":
-        return device.type
-    if torch.version.hip is not None:
-        return "amd"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major == 7:
-        return "sm_75" if minor >= 5 else "sm_70"
-    return f"sm_{major if major != 11 else 10}0"
 
 
 def problems(able: Capability, asked: Asked, place: Place | None, deterministic: bool) -> Iterator[str]:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Literal
 from pegbox.errors import ConfigError
 
 from pegbox_attention.installed import absent
+from pegbox_attention.place import EVERY, GPUS, HALF, generation
 
 if TYPE_CHECKING:
-    import torch
     from pegbox.types import Runtime
 
     from pegbox_attention.checking import Heads
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 Kind = Literal["full", "window"]
 Backend = Literal["flash-attn-4", "pegbox", "flex", "eager"]
-HALF = frozenset({"bf16", "fp16"})
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,6 @@ class Needs:
     head_dims: tuple[int, int, int]
 
 
-GPUS = frozenset({"sm_80", "sm_90", "sm_100", "sm_120", "amd"})
-EVERY = frozenset({"bf16", "fp16", "fp32", "fp64"})
 NEEDS: dict[Backend, Needs] = {
     "flash-attn-4": Needs(frozenset({"sm_90", "sm_100"}), HALF, (8, 128, 8)),  # gradients of sinks exist there alone
     "pegbox": Needs(GPUS | {"cpu"}, EVERY - {"fp64"}, (1, 256, 1)),
@@ -134,17 +131,3 @@ def require_possible(config: GptOssAttentionConfig, place: Place | None) -> None
 def place_of(runtime: Runtime, weights: str | None = None) -> Place:
     """Where and how a run computes; without autocast the arithmetic is that of the weights, once they are known."""
     return Place(generation(runtime.device), runtime.precision if runtime.precision in HALF else weights)
-
-
-def generation(device: torch.device) -> str:
-    """`cpu`, `amd`, or the first GPU of the generation, as `sm_80` for all of Ampere and Ada."""
-    import torch
-
-    if device.type != "cuda":
-        return device.type
-    if torch.version.hip is not None:
-        return "amd"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major == 7:
-        return "sm_75" if minor >= 5 else "sm_70"
-    return f"sm_{major if major != 11 else 10}0"
