@@ -17,10 +17,10 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pegbox_kernels.dispatch import runs_kernels
 from pegbox_kernels.glu import reference
+from pegbox_kernels.operators import differentiable, operator
 
 __all__ = ["Activation", "Layout", "glu"]
 
@@ -55,9 +55,7 @@ def glu(
         ValueError: shapes, dtypes, devices or settings do not fit.
     """
     _check(gate, up, activation, layout, alpha, limit)
-    # A registered operator costs the host some 50 microseconds for each call.
-    call = _op if torch.compiler.is_compiling() else _Eager.apply
-    found: Tensor = call(gate, up, layout, activation, alpha, limit)
+    found: Tensor = _op(gate, up, layout, activation, alpha, limit)
     return found
 
 
@@ -106,16 +104,7 @@ def _forward(gate, up, layout, activation, alpha, limit):  # type: ignore[no-unt
     return reference.glu(gate, up, activation, alpha, limit).contiguous()
 
 
-_op = torch.library.custom_op(
-    "pegbox_kernels::glu",
-    _forward,
-    mutates_args=(),
-    schema="(Tensor gate, Tensor? up, str layout, str activation, float alpha, float limit) -> Tensor",
-)
-
-
-@_op.register_fake
-def _(gate, up, *_):  # type: ignore[no-untyped-def]
+def _fake_forward(gate, up, *_):  # type: ignore[no-untyped-def]
     columns = gate.shape[-1] if up is not None else gate.shape[-1] // 2
     return torch.empty((*gate.shape[:-1], columns), dtype=gate.dtype, device=gate.device)
 
@@ -126,31 +115,19 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _differentiate(ctx, grad):  # type: ignore[no-untyped-def]
-    return _gradients(ctx, _backward_op, grad)
-
-
-def _gradients(ctx, backward, grad):  # type: ignore[no-untyped-def]
     gate, up = ctx.saved_tensors
-    grad_gate, grad_up = backward(grad, gate, up, *ctx.kind)
+    grad_gate, grad_up = _backward_op(grad, gate, up, *ctx.kind)
     return grad_gate, None if up is None else grad_up, None, None, None, None
 
 
-_op.register_autograd(_differentiate, setup_context=_save)
-
-
-class _Eager(torch.autograd.Function):
-    """The same without the operator's dispatch."""
-
-    @staticmethod
-    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
-        output = _forward(*inputs)
-        _save(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return _gradients(ctx, _backward, grad)
+_op = differentiable(
+    "glu",
+    _forward,
+    _fake_forward,
+    schema="(Tensor gate, Tensor? up, str layout, str activation, float alpha, float limit) -> Tensor",
+    save=_save,
+    differentiate=_differentiate,
+)
 
 
 def _backward(grad, gate, up, layout, activation, alpha, limit):  # type: ignore[no-untyped-def]
@@ -167,16 +144,15 @@ def _backward(grad, gate, up, layout, activation, alpha, limit):  # type: ignore
     return packed, gate.new_empty(0)
 
 
-_backward_op = torch.library.custom_op(
-    "pegbox_kernels::glu_backward",
+def _fake_backward(grad, gate, up, *_):  # type: ignore[no-untyped-def]
+    shapes = (gate.shape, 0 if up is None else up.shape)
+    return tuple(torch.empty(shape, dtype=gate.dtype, device=gate.device) for shape in shapes)
+
+
+_backward_op = operator(
+    "glu_backward",
     _backward,
-    mutates_args=(),
+    _fake_backward,
     schema="(Tensor grad, Tensor gate, Tensor? up, str layout, str activation, float alpha, float limit) "
     "-> (Tensor, Tensor)",
 )
-
-
-@_backward_op.register_fake
-def _(grad, gate, up, *_):  # type: ignore[no-untyped-def]
-    shapes = (gate.shape, 0 if up is None else up.shape)
-    return tuple(torch.empty(shape, dtype=gate.dtype, device=gate.device) for shape in shapes)

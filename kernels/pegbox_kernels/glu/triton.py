@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pegbox_kernels.dispatch import on_device_of, quotient
+from pegbox_kernels.launching import repeatable
 from pegbox_kernels.logprob.triton import rows_of
 from pegbox_kernels.rms_norm.triton import _as
 
@@ -54,6 +56,7 @@ def _activated(g, ACTIVATION: tl.constexpr, alpha):
     return g * phi, phi + g * tl.exp(-0.5 * g * g) * 0.3989422804014327
 
 
+@repeatable
 @triton.jit
 def forward_kernel(
     gate,
@@ -86,6 +89,7 @@ def forward_kernel(
     tl.store(y + row * columns + cols, _as(act * u, y.dtype.element_ty), mask=cols < columns)
 
 
+@repeatable
 @triton.jit
 def backward_kernel(
     grad,
@@ -189,8 +193,8 @@ def forward(
         return y
     pair = pair_of(gate, up, layout)
     launch = launch or default_launch(pair.columns)
-    with torch.cuda.device_of(gate):
-        forward_kernel[(pair.rows * triton.cdiv(pair.columns, launch.block),)](
+    with on_device_of(gate):
+        forward_kernel[(pair.rows * quotient(pair.columns, launch.block),)](
             pair.gate,
             pair.up if pair.up is not None else pair.gate,
             y,
@@ -228,8 +232,8 @@ def backward(
     # Where both gradients go into one tensor, its second half is where that of `up` begins.
     sink = grad_gate.view(-1)[pair.columns :] if up is None and pair.up is not None else grad_up
     launch = launch or default_launch(pair.columns, backward=True)
-    with torch.cuda.device_of(gate):
-        backward_kernel[(pair.rows * triton.cdiv(pair.columns, launch.block),)](
+    with on_device_of(gate):
+        backward_kernel[(pair.rows * quotient(pair.columns, launch.block),)](
             grad,
             pair.gate,
             pair.up if pair.up is not None else pair.gate,

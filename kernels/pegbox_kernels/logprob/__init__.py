@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pegbox_kernels.dispatch import runs_kernels, values_at_hand
 from pegbox_kernels.logprob import reference
+from pegbox_kernels.operators import differentiable, operator
 
 __all__ = ["TokenLogprobs", "token_logprobs"]
 
@@ -108,13 +109,7 @@ else:
     kernels = None  # type: ignore[assignment]
 
 
-@torch.library.custom_op(
-    "pegbox_kernels::token_logprobs",
-    mutates_args=(),
-    schema="(Tensor logits, Tensor targets, float temperature, int ignore_index, bool entropy, "
-    "bool inplace_backward) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _op(logits, targets, temperature, ignore_index, entropy, inplace_backward):  # type: ignore[no-untyped-def]
+def _forward(logits, targets, temperature, ignore_index, entropy, inplace_backward):  # type: ignore[no-untyped-def]
     """logps, entropy (no elements unless asked for), logsumexp, and its parts, which the backward needs."""
     if values_at_hand(logits):
         _check_ids(targets, logits.shape[-1], ignore_index)
@@ -134,8 +129,7 @@ def _check_ids(targets: Tensor, vocab: int, ignore_index: int) -> None:
         )
 
 
-@_op.register_fake
-def _(logits, targets, temperature, ignore_index, entropy, inplace_backward):  # type: ignore[no-untyped-def]
+def _fake_forward(logits, targets, temperature, ignore_index, entropy, inplace_backward):  # type: ignore[no-untyped-def]
     def result(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=logits.device)
 
@@ -151,15 +145,24 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _differentiate(ctx, *grads):  # type: ignore[no-untyped-def]
-    logits = ctx.saved_tensors[0]
-    arguments = (*ctx.saved_tensors, *grads[:3], ctx.temperature, ctx.ignore_index)
+    saved = ctx.saved_tensors  # Only once: a checkpoint computes them again for each time that they are asked for.
+    logits = saved[0]
+    arguments = (*saved, *grads[:3], ctx.temperature, ctx.ignore_index)
     if not ctx.inplace:
         return _backward(*arguments), None, None, None, None, None
     _backward_inplace(*arguments)
     return logits, None, None, None, None, None
 
 
-_op.register_autograd(_differentiate, setup_context=_save)
+_op = differentiable(
+    "token_logprobs",
+    _forward,
+    _fake_forward,
+    schema="(Tensor logits, Tensor targets, float temperature, int ignore_index, bool entropy, "
+    "bool inplace_backward) -> (Tensor, Tensor, Tensor, Tensor)",
+    save=_save,
+    differentiate=_differentiate,
+)
 
 _BACKWARD_ARGUMENTS = (
     "Tensor targets, Tensor parts, Tensor entropy, Tensor grad_logps, Tensor grad_entropy, "
@@ -167,12 +170,7 @@ _BACKWARD_ARGUMENTS = (
 )
 
 
-@torch.library.custom_op(
-    "pegbox_kernels::token_logprobs_backward",
-    mutates_args=(),
-    schema=f"(Tensor logits, {_BACKWARD_ARGUMENTS}) -> Tensor",
-)
-def _backward(  # type: ignore[no-untyped-def]
+def _gradient(  # type: ignore[no-untyped-def]
     logits, targets, parts, entropy, grad_logps, grad_entropy, grad_logsumexp, temperature, ignore_index
 ):
     grads = (grad_logps, grad_entropy, grad_logsumexp)
@@ -184,17 +182,16 @@ def _backward(  # type: ignore[no-untyped-def]
     ).contiguous()
 
 
-@_backward.register_fake
-def _(logits, *_):  # type: ignore[no-untyped-def]
+def _fake_gradient(logits, *_):  # type: ignore[no-untyped-def]
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-@torch.library.custom_op(
-    "pegbox_kernels::token_logprobs_backward_",
-    mutates_args=("logits",),
-    schema=f"(Tensor(a!) logits, {_BACKWARD_ARGUMENTS}) -> ()",
+_backward = operator(
+    "token_logprobs_backward", _gradient, _fake_gradient, schema=f"(Tensor logits, {_BACKWARD_ARGUMENTS}) -> Tensor"
 )
-def _backward_inplace(  # type: ignore[no-untyped-def]
+
+
+def _gradient_in_place(  # type: ignore[no-untyped-def]
     logits, targets, parts, entropy, grad_logps, grad_entropy, grad_logsumexp, temperature, ignore_index
 ):
     arguments = (
@@ -208,9 +205,17 @@ def _backward_inplace(  # type: ignore[no-untyped-def]
     if runs_kernels(logits) and kernels.rows_of(logits) is not None:
         kernels.backward(logits, *arguments, out=logits)
     else:
-        logits.copy_(_backward(logits, *arguments[:3], *arguments[3], *arguments[4:]))
+        logits.copy_(_gradient(logits, *arguments[:3], *arguments[3], *arguments[4:]))
 
 
-@_backward_inplace.register_fake
-def _(logits, *_):  # type: ignore[no-untyped-def]
+def _fake_gradient_in_place(logits, *_):  # type: ignore[no-untyped-def]
     return None
+
+
+_backward_inplace = operator(
+    "token_logprobs_backward_",
+    _gradient_in_place,
+    _fake_gradient_in_place,
+    schema=f"(Tensor(a!) logits, {_BACKWARD_ARGUMENTS}) -> ()",
+    mutates=("logits",),
+)

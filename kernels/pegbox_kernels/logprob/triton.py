@@ -30,6 +30,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pegbox_kernels.dispatch import on_device_of
+from pegbox_kernels.launching import repeatable
+
 # Whether Triton's interpreter runs the kernels: TRITON_INTERPRET=1 was set when this module was imported.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -133,6 +136,7 @@ def _accumulate(z, m, s, a, scale, ENTROPY: tl.constexpr):
     return top, s + tl.sum(weight, 0), a
 
 
+@repeatable
 @triton.jit(do_not_specialize=["ignore_index", "inner", "column_stride"])
 def forward_kernel(
     logits,
@@ -225,6 +229,7 @@ def _gradient(z, hit, top, log2_s, at_target, constant, slope, scale, ENTROPY: t
     return grad + tl.where(hit, at_target, 0.0)
 
 
+@repeatable
 @triton.jit(do_not_specialize=["ignore_index", "inner", "column_stride"])
 def backward_kernel(
     logits,
@@ -326,7 +331,7 @@ def forward(
     parts = torch.empty((2, *targets.shape), dtype=torch.float32, device=logits.device)
     launch = launch or default_launch(logits.shape[-1], logits.element_size(), FORWARD_LOADS)
     if rows.count:
-        with torch.cuda.device_of(logits):
+        with on_device_of(logits):
             forward_kernel[(rows.count,)](
                 logits,
                 targets.contiguous(),
@@ -369,7 +374,7 @@ def backward(
         out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     launch = launch or default_launch(logits.shape[-1], logits.element_size(), BACKWARD_LOADS)
     if rows.count:
-        with torch.cuda.device_of(logits):
+        with on_device_of(logits):
             backward_kernel[(rows.count,)](
                 logits,
                 out,

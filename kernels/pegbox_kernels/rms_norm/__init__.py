@@ -17,9 +17,9 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from pegbox_kernels.dispatch import runs_kernels
+from pegbox_kernels.operators import differentiable, operator
 from pegbox_kernels.rms_norm import reference
 
 __all__ = ["rms_norm"]
@@ -85,9 +85,7 @@ def rms_norm(
         ValueError: shapes, dtypes, devices or eps do not fit.
     """
     _check(x, weight, eps, cast, gate, residual)
-    # A registered operator costs the host some 50 microseconds for each call, as much as the GPU needs for it.
-    call = _op if torch.compiler.is_compiling() else _Eager.apply
-    y, total, _ = call(x, weight, gate, residual, eps, offset, cast == "gemma")
+    y, total, _ = _op(x, weight, gate, residual, eps, offset, cast == "gemma")
     return y if residual is None else (y, total)
 
 
@@ -140,17 +138,7 @@ def _forward(x, weight, gate, residual, eps, offset, gemma):  # type: ignore[no-
     return y.to(dtype).contiguous(), x.new_empty(0) if total is None else total.contiguous(), rstd.contiguous()
 
 
-_op = torch.library.custom_op(
-    "pegbox_kernels::rms_norm",
-    _forward,
-    mutates_args=(),
-    schema="(Tensor x, Tensor? weight, Tensor? gate, Tensor? residual, float eps, float offset, bool gemma) "
-    "-> (Tensor, Tensor, Tensor)",
-)
-
-
-@_op.register_fake
-def _(x, weight, gate, residual, eps, offset, gemma):  # type: ignore[no-untyped-def]
+def _fake_forward(x, weight, gate, residual, eps, offset, gemma):  # type: ignore[no-untyped-def]
     y = torch.empty(x.shape, dtype=_dtype_of_result(x, weight, gate, gemma), device=x.device)
     total = torch.empty(x.shape if residual is not None else 0, dtype=x.dtype, device=x.device)
     return y, total, torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
@@ -160,18 +148,17 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, weight, gate, residual, _, ctx.offset, ctx.gemma = inputs
     y, total, rstd = output
     ctx.summed, ctx.dtype = residual is not None, y.dtype
+    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*((rstd,) if ctx.summed else (rstd, total)))
     ctx.save_for_backward(total if ctx.summed else x, weight, gate, rstd)
 
 
 def _differentiate(ctx, grad_y, grad_total, _):  # type: ignore[no-untyped-def]
-    return _gradients(ctx, _backward_op, grad_y, grad_total)
-
-
-def _gradients(ctx, backward, grad_y, grad_total):  # type: ignore[no-untyped-def]
     h, weight, gate, rstd = ctx.saved_tensors
+    if grad_y is None:
+        grad_y = h.new_zeros(h.shape, dtype=ctx.dtype)
     trained = weight is not None and ctx.needs_input_grad[1]
-    grad_h, grad_weight, grad_gate = backward(
+    grad_h, grad_weight, grad_gate = _backward_op(
         grad_y, grad_total if ctx.summed else None, h, weight, gate, rstd, ctx.offset, ctx.gemma, trained
     )
     return (
@@ -185,25 +172,15 @@ def _gradients(ctx, backward, grad_y, grad_total):  # type: ignore[no-untyped-de
     )
 
 
-_op.register_autograd(_differentiate, setup_context=_save)
-
-
-class _Eager(torch.autograd.Function):
-    """The same without the operator's dispatch; gradients that do not exist are not made as zeros."""
-
-    @staticmethod
-    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
-        ctx.set_materialize_grads(False)
-        output = _forward(*inputs)
-        _save(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_y, grad_total, _):  # type: ignore[no-untyped-def]
-        if grad_y is None:
-            grad_y = ctx.saved_tensors[0].new_zeros(ctx.saved_tensors[0].shape, dtype=ctx.dtype)
-        return _gradients(ctx, _backward, grad_y, grad_total)
+_op = differentiable(
+    "rms_norm",
+    _forward,
+    _fake_forward,
+    schema="(Tensor x, Tensor? weight, Tensor? gate, Tensor? residual, float eps, float offset, bool gemma) "
+    "-> (Tensor, Tensor, Tensor)",
+    save=_save,
+    differentiate=_differentiate,
+)
 
 
 def _backward(grad_y, grad_total, h, weight, gate, rstd, offset, gemma, trained):  # type: ignore[no-untyped-def]
@@ -216,18 +193,17 @@ def _backward(grad_y, grad_total, h, weight, gate, rstd, offset, gemma, trained)
     return grad_h, grad_weight if trained else h.new_empty(0, dtype=torch.float32), grad_gate
 
 
-_backward_op = torch.library.custom_op(
-    "pegbox_kernels::rms_norm_backward",
-    _backward,
-    mutates_args=(),
-    schema="(Tensor grad_y, Tensor? grad_total, Tensor h, Tensor? weight, Tensor? gate, Tensor rstd, float offset, "
-    "bool gemma, bool trained) -> (Tensor, Tensor, Tensor)",
-)
-
-
-@_backward_op.register_fake
-def _(grad_y, grad_total, h, weight, gate, rstd, offset, gemma, trained):  # type: ignore[no-untyped-def]
+def _fake_backward(grad_y, grad_total, h, weight, gate, rstd, offset, gemma, trained):  # type: ignore[no-untyped-def]
     weight_like = weight if trained else torch.empty(0, dtype=torch.float32, device=h.device)
     gate_like = gate if gate is not None else torch.empty(0, dtype=h.dtype, device=h.device)
     like = (h, weight_like, gate_like)
     return tuple(torch.empty(one.shape, dtype=one.dtype, device=h.device) for one in like)
+
+
+_backward_op = operator(
+    "rms_norm_backward",
+    _backward,
+    _fake_backward,
+    schema="(Tensor grad_y, Tensor? grad_total, Tensor h, Tensor? weight, Tensor? gate, Tensor rstd, float offset, "
+    "bool gemma, bool trained) -> (Tensor, Tensor, Tensor)",
+)

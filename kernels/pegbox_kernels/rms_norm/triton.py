@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pegbox_kernels.dispatch import on_device_of, power_of_two, quotient
+from pegbox_kernels.launching import repeatable
 from pegbox_kernels.logprob.triton import INTERPRETED, rows_of
 
 LARGEST = 16384
@@ -45,7 +47,7 @@ TILE = 2048
 
 def default_launch(hidden: int, *, backward: bool = False) -> Launch:
     """Around sixteen numbers of each row in a thread's registers; short rows share a tile."""
-    block = triton.next_power_of_2(hidden)
+    block = power_of_two(hidden)
     table = BACKWARD if backward else FORWARD
     warps, programs = table[min(size for size in table if size >= block)]
     return Launch(max(1, TILE // block), warps, programs)
@@ -74,6 +76,7 @@ def _factor(weight, cols, inside, OFFSET: tl.constexpr):
     return tl.load(weight + cols, mask=inside, other=0.0).to(tl.float32)[None, :] + OFFSET
 
 
+@repeatable
 @triton.jit(do_not_specialize=["count", "inner"])
 def forward_kernel(
     x,
@@ -129,6 +132,7 @@ def forward_kernel(
     tl.store(y + place, _as(out, y.dtype.element_ty), mask=inside)
 
 
+@repeatable
 @triton.jit(do_not_specialize=["count", "inner"])
 def backward_kernel(
     grad_y,
@@ -217,8 +221,8 @@ def forward(
     count = rstd.numel()
     launch = launch or default_launch(hidden)
     if count:
-        with torch.cuda.device_of(x):
-            forward_kernel[(triton.cdiv(count, launch.rows),)](
+        with on_device_of(x):
+            forward_kernel[(quotient(count, launch.rows),)](
                 x,
                 weight.contiguous() if weight is not None else x,
                 gate if gate is not None else x,
@@ -233,7 +237,7 @@ def forward(
                 eps,
                 OFFSET=offset,
                 HIDDEN=hidden,
-                BLOCK=triton.next_power_of_2(hidden),
+                BLOCK=power_of_two(hidden),
                 ROWS=launch.rows,
                 FLAT=flat,
                 WEIGHT=weight is not None,
@@ -265,7 +269,7 @@ def backward(
     grad_gate = h.new_empty(0) if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     grad_weight = grad_weight and weight is not None
     launch = launch or default_launch(hidden, backward=True)
-    blocks = triton.cdiv(count, launch.rows)
+    blocks = quotient(count, launch.rows)
     programs = min(blocks, launch.per_multiprocessor * multiprocessors(h.device)) if grad_weight else blocks
     partials = torch.empty((programs, hidden) if grad_weight else 0, dtype=torch.float32, device=h.device)
     h, geometry, flat = _two_strides(h)
@@ -273,7 +277,7 @@ def backward(
     grad_y, grad_stride = _one_stride(grad_y)
     grad_total, grad_total_stride = _one_stride(grad_total)
     if count:
-        with torch.cuda.device_of(h):
+        with on_device_of(h):
             backward_kernel[(programs,)](
                 grad_y,
                 grad_total if grad_total is not None else h,
@@ -291,7 +295,7 @@ def backward(
                 grad_total_stride,
                 OFFSET=offset,
                 HIDDEN=hidden,
-                BLOCK=triton.next_power_of_2(hidden),
+                BLOCK=power_of_two(hidden),
                 ROWS=launch.rows,
                 FLAT=flat,
                 WEIGHT=weight is not None,

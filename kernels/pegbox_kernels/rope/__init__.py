@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pegbox_kernels.dispatch import runs_kernels
+from pegbox_kernels.operators import differentiable, operator
 from pegbox_kernels.rope import reference
 
 __all__ = ["rope"]
@@ -60,9 +61,7 @@ def rope(
             raise ValueError("inplace=True, but q or k needs a gradient. Pass inplace=False, or use torch.no_grad().")
         _op_inplace(q, k, cos, sin, rotary, interleaved, heads_dim)
         return q, k
-    # A registered operator costs the host some 50 microseconds for each call, as much as the GPU needs for it.
-    call = _op if torch.compiler.is_compiling() else _Eager.apply
-    found: tuple[Tensor, Tensor] = call(q, k, cos, sin, rotary, interleaved, heads_dim, False)
+    found: tuple[Tensor, Tensor] = _op(q, k, cos, sin, rotary, interleaved, heads_dim, False)
     return found
 
 
@@ -123,17 +122,7 @@ def _like(x: Tensor) -> Tensor:
     return made.transpose(1, 2) if by_token else made
 
 
-_op = torch.library.custom_op(
-    "pegbox_kernels::rope",
-    _forward,
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor cos, Tensor sin, int rotary, bool interleaved, int heads_dim, "
-    "bool transposed) -> (Tensor, Tensor)",
-)
-
-
-@_op.register_fake
-def _(q, k, cos, sin, rotary, interleaved, heads_dim, transposed):  # type: ignore[no-untyped-def]
+def _fake(q, k, cos, sin, rotary, interleaved, heads_dim, transposed):  # type: ignore[no-untyped-def]
     return _like(q), _like(k)
 
 
@@ -143,38 +132,24 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _differentiate(ctx, grad_q, grad_k):  # type: ignore[no-untyped-def]
-    return _gradients(ctx, _op, grad_q, grad_k)
-
-
-def _gradients(ctx, call, grad_q, grad_k):  # type: ignore[no-untyped-def]
+    """The operation itself, the other way."""
     cos, sin = ctx.saved_tensors
-    turned = call(grad_q, grad_k, cos, sin, ctx.rotary, ctx.interleaved, ctx.heads_dim, not ctx.transposed)
+    turned = _op(grad_q, grad_k, cos, sin, ctx.rotary, ctx.interleaved, ctx.heads_dim, not ctx.transposed)
     return *turned, None, None, None, None, None, None
 
 
-_op.register_autograd(_differentiate, setup_context=_save)
-
-
-class _Eager(torch.autograd.Function):
-    """The same without the operator's dispatch; its gradient is itself, the other way."""
-
-    @staticmethod
-    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
-        output = _forward(*inputs)
-        _save(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx, grad_q, grad_k):  # type: ignore[no-untyped-def]
-        return _gradients(ctx, _Eager.apply, grad_q, grad_k)
-
-
-@torch.library.custom_op(
-    "pegbox_kernels::rope_",
-    mutates_args=("q", "k"),
-    schema="(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, int rotary, bool interleaved, int heads_dim) -> ()",
+_op = differentiable(
+    "rope",
+    _forward,
+    _fake,
+    schema="(Tensor q, Tensor k, Tensor cos, Tensor sin, int rotary, bool interleaved, int heads_dim, "
+    "bool transposed) -> (Tensor, Tensor)",
+    save=_save,
+    differentiate=_differentiate,
 )
-def _op_inplace(q, k, cos, sin, rotary, interleaved, heads_dim):  # type: ignore[no-untyped-def]
+
+
+def _in_place(q, k, cos, sin, rotary, interleaved, heads_dim):  # type: ignore[no-untyped-def]
     if runs_kernels(q) and q.stride(-1) == 1 and k.stride(-1) == 1:
         kernels.turn(q, k, q, k, cos, sin, rotary, interleaved, heads_dim, False)
         return
@@ -182,6 +157,14 @@ def _op_inplace(q, k, cos, sin, rotary, interleaved, heads_dim):  # type: ignore
         part.copy_(turned)
 
 
-@_op_inplace.register_fake
-def _(q, k, cos, sin, rotary, interleaved, heads_dim):  # type: ignore[no-untyped-def]
+def _fake_in_place(q, k, cos, sin, rotary, interleaved, heads_dim):  # type: ignore[no-untyped-def]
     return None
+
+
+_op_inplace = operator(
+    "rope_",
+    _in_place,
+    _fake_in_place,
+    schema="(Tensor(a!) q, Tensor(b!) k, Tensor cos, Tensor sin, int rotary, bool interleaved, int heads_dim) -> ()",
+    mutates=("q", "k"),
+)

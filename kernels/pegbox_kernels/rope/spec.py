@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pegbox_kernels.harness.opspec import Cost, Inputs, Make, OpSpec, Outputs, Sample, Workload
+from pegbox_kernels.harness.opspec import Cost, Inputs, Make, OpSpec, Outputs, Sample, Workload, short_of_memory
 from pegbox_kernels.rope import reference, rope
 
 Layout = Callable[[Tensor], Tensor]
@@ -31,8 +31,12 @@ def _make(
     tables: torch.dtype | None = None,
     unlike: bool = False,
     layout: Layout | None = None,
+    together: Layout | None = None,
 ) -> Make:
-    """Normal queries and keys as a projection leaves them, and tables; `unlike`: other angles for both of a pair."""
+    """Normal queries and keys as a projection leaves them, and tables; `unlike`: other angles for both of a pair.
+
+    `layout` is that of either, `together` that of their heads beside each other.
+    """
 
     def make(dtype: torch.dtype, device: torch.device) -> Inputs:
         generator = torch.Generator(device).manual_seed(tokens + dim)
@@ -40,8 +44,7 @@ def _make(
         def projected(count: int) -> Tensor:
             size = (rows, tokens, count, dim)
             made = torch.randn(size, generator=generator, dtype=torch.float32, device=device).to(dtype)
-            made = layout(made) if layout else made
-            return made.transpose(1, 2) if heads_dim == 1 else made
+            return layout(made) if layout else made
 
         turned = dim if rotary is None else rotary
         width = turned if unlike else turned // 2
@@ -49,17 +52,29 @@ def _make(
         if not per_pair and not unlike:
             angles = angles.repeat_interleave(2, -1) if interleaved else torch.cat((angles, angles), -1)
         cos, sin = (table.mul_(scale).to(tables or dtype) for table in (angles.cos(), angles.sin()))
-        parts = {"q": projected(heads[0]), "k": projected(heads[1]), "cos": cos, "sin": sin}
-        return {**parts, "rotary_dim": rotary, "interleaved": interleaved, "heads_dim": heads_dim}
+        q, k = projected(heads[0]), projected(heads[1])
+        if together:
+            q, k = together(torch.cat((q, k), 2)).split(heads, 2)
+        if heads_dim == 1:
+            q, k = q.transpose(1, 2), k.transpose(1, 2)
+        kind = {"rotary_dim": rotary, "interleaved": interleaved, "heads_dim": heads_dim}
+        return {"q": q, "k": k, "cos": cos, "sin": sin, **kind}
 
     return make
 
 
+FAR = 2**30 + 64
+"""Elements from one row to the next; to the third one they do not fit 32 bits."""
+
+
 def _far_apart(x: Tensor) -> Tensor:
-    """The same rows 1.1e9 elements apart: offsets do not fit 32 bits. Nothing between is ever touched."""
-    distance = 1_100_000_000
-    room = torch.empty(distance * (len(x) - 1) + x[0].numel(), dtype=x.dtype, device=x.device)
-    return room.as_strided(x.shape, (distance, *x.stride()[1:])).copy_(x)
+    """The same rows `FAR` elements apart. Nothing between is ever touched."""
+    room = torch.empty(FAR * (len(x) - 1) + x[0].numel(), dtype=x.dtype, device=x.device)
+    return room.as_strided(x.shape, (FAR, *x.stride()[1:])).copy_(x)
+
+
+def _short_of_far(dtype: torch.dtype, device: torch.device) -> str | None:
+    return short_of_memory(2 * FAR * dtype.itemsize, device)
 
 
 def _packed(x: Tensor) -> Tensor:
@@ -67,32 +82,30 @@ def _packed(x: Tensor) -> Tensor:
     return torch.cat((x, x, x), 2)[:, :, x.shape[2] : 2 * x.shape[2]]
 
 
-SAMPLES = tuple(
-    Sample(name=name, make=make)
-    for name, make in {
-        "one pair": _make(1, 3, (1, 1), 2),
-        "Llama": _make(2, 5, (4, 2), 16),
-        "gpt-oss, scaled": _make(1, 4, (8, 1), 64, per_pair=True, scale=1.3466),
-        "odd number of pairs and heads": _make(2, 3, (7, 3), 22),
-        "heads of 128, more than a tile": _make(1, 2, (40, 8), 128),
-        "a row of tables for each row": _make(3, 4, (2, 2), 8, table_rows=3),
-        "fp32 tables": _make(1, 5, (2, 1), 32, tables=torch.float32),
-        "other angles for both of a pair": _make(1, 5, (2, 2), 16, unlike=True),
-        "other angles, interleaved": _make(1, 5, (2, 2), 16, unlike=True, interleaved=True),
-        "part of a head": _make(2, 4, (3, 1), 32, rotary=8),
-        "part of a head, pairs": _make(2, 4, (3, 1), 24, rotary=10, per_pair=True),
-        "interleaved": _make(2, 5, (4, 2), 16, interleaved=True),
-        "interleaved part, pairs": _make(2, 3, (3, 1), 24, rotary=12, interleaved=True, per_pair=True),
-        "heads third": _make(2, 5, (4, 2), 16, heads_dim=2),
-        "one token": _make(1, 1, (4, 2), 16),
-        "no tokens": _make(2, 0, (4, 2), 16),
-        "part of a packed projection": _make(2, 4, (3, 2), 16, layout=_packed),
-        "heads before tokens": _make(2, 4, (3, 2), 16, layout=lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)),
-        "numbers of a head apart": _make(
-            2, 3, (3, 2), 8, layout=lambda x: x.transpose(2, 3).contiguous().transpose(2, 3)
-        ),
-        "rows 1.1e9 elements apart": _make(3, 2, (2, 1), 8, layout=_far_apart),
-    }.items()
+_MAKES = {
+    "one pair": _make(1, 3, (1, 1), 2),
+    "Llama": _make(2, 5, (4, 2), 16),
+    "gpt-oss, scaled": _make(1, 4, (8, 1), 64, per_pair=True, scale=1.3466),
+    "odd number of pairs and heads": _make(2, 3, (7, 3), 22),
+    "heads of 128, more than a tile": _make(1, 2, (40, 8), 128),
+    "a row of tables for each row": _make(3, 4, (2, 2), 8, table_rows=3),
+    "fp32 tables": _make(1, 5, (2, 1), 32, tables=torch.float32),
+    "other angles for both of a pair": _make(1, 5, (2, 2), 16, unlike=True),
+    "other angles, interleaved": _make(1, 5, (2, 2), 16, unlike=True, interleaved=True),
+    "part of a head": _make(2, 4, (3, 1), 32, rotary=8),
+    "part of a head, pairs": _make(2, 4, (3, 1), 24, rotary=10, per_pair=True),
+    "interleaved": _make(2, 5, (4, 2), 16, interleaved=True),
+    "interleaved part, pairs": _make(2, 3, (3, 1), 24, rotary=12, interleaved=True, per_pair=True),
+    "heads third": _make(2, 5, (4, 2), 16, heads_dim=2),
+    "one token": _make(1, 1, (4, 2), 16),
+    "no tokens": _make(2, 0, (4, 2), 16),
+    "part of a packed projection": _make(2, 4, (3, 2), 16, layout=_packed),
+    "heads before tokens": _make(2, 4, (3, 2), 16, layout=lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)),
+    "numbers of a head apart": _make(2, 3, (3, 2), 8, layout=lambda x: x.transpose(2, 3).contiguous().transpose(2, 3)),
+}
+SAMPLES = (
+    *(Sample(name=name, make=make) for name, make in _MAKES.items()),
+    Sample(name="rows 1.1e9 elements apart", make=_make(3, 2, (2, 1), 8, together=_far_apart), unfit=_short_of_far),
 )
 
 

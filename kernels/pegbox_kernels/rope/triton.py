@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pegbox_kernels.dispatch import on_device_of, power_of_two
+from pegbox_kernels.launching import repeatable
 from pegbox_kernels.rms_norm.triton import _as
 
 
@@ -29,7 +30,7 @@ class Launch(NamedTuple):
 
 def default_launch(half: int, heads: int) -> Launch:
     """Sixteen pairs for each thread: two 16-byte loads of each half in half precision."""
-    pairs = triton.next_power_of_2(half) * triton.next_power_of_2(heads)
+    pairs = power_of_two(half) * power_of_two(heads)
     return Launch(min(pairs, 2048), 4 if pairs > 1024 else 2 if pairs > 512 else 1)
 
 
@@ -78,6 +79,7 @@ def _turn(
             tl.store(y + rest, tl.load(x + rest, mask=left), mask=left)
 
 
+@repeatable
 @triton.jit(do_not_specialize=["tokens"])
 def rope_kernel(
     q,
@@ -170,12 +172,12 @@ def turn(
     rows, tokens, q_heads, dim = by_token[0].shape
     k_heads = by_token[1].shape[2]
     cos, sin = (table if table.stride(-1) == 1 else table.contiguous() for table in (cos, sin))
-    half = triton.next_power_of_2(rotary // 2)
+    half = power_of_two(rotary // 2)
     launch = launch or default_launch(dim // 2, max(q_heads, k_heads))
-    copied = 0 if in_place or rotary == dim else triton.next_power_of_2(dim - rotary)
+    copied = 0 if in_place or rotary == dim else power_of_two(dim - rotary)
     if q.numel() + k.numel() == 0:
         return
-    with torch.cuda.device_of(q):
+    with on_device_of(q):
         rope_kernel[(rows * tokens,)](
             *by_token,
             cos,
@@ -188,8 +190,8 @@ def turn(
             DIM=dim,
             ROTARY=rotary,
             HALF=half,
-            Q_TILE=min(triton.next_power_of_2(q_heads), max(1, launch.pairs // half)),
-            K_TILE=min(triton.next_power_of_2(k_heads), max(1, launch.pairs // half)),
+            Q_TILE=min(power_of_two(q_heads), max(1, launch.pairs // half)),
+            K_TILE=min(power_of_two(k_heads), max(1, launch.pairs // half)),
             PER_PAIR=cos.shape[-1] < rotary,
             INTERLEAVED=interleaved,
             COPY=copied,
