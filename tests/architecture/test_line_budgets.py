@@ -24,7 +24,8 @@ def functions(path: Path) -> Iterator[tuple[str, int, int]]:
     """Name, lines and budget of each function of a file."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            triton = any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+            source = " ".join(map(ast.unparse, node.decorator_list))
+            triton = "triton.jit" in source or "gluon.jit" in source
             lines = (node.end_lineno or node.lineno) - node.lineno + 1
             yield (
                 f"{path}:{node.lineno} {node.name}",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from pegbox_kernels.attention import reference
 from pegbox_kernels.dispatch import runs_kernels, values_at_hand
+from pegbox_kernels.operators import differentiable, operator
 
 if importlib.util.find_spec("triton") is not None:
     from pegbox_kernels.attention import launch as kernels
@@ -104,7 +106,8 @@ def attention(
     Raises:
         ValueError: shapes, dtypes, devices or options do not fit.
     """
-    scale = q_THD.shape[-1] ** -0.5 if scale is None and q_THD.ndim == 3 and q_THD.shape[-1] else scale
+    if scale is None and q_THD.ndim == 3 and q_THD.shape[-1]:
+        scale = q_THD.shape[-1] ** -0.5
     _check(q_THD, k_TKD, v_TKD, sinks_H, scale, causal, window)
     tokens = q_THD.shape[0]
     longest = tokens if max_seqlen is None else min(max_seqlen, tokens)
@@ -121,36 +124,43 @@ def attention(
         rows = _table(borders, tokens)
     if borders is not None and borders.device != q_THD.device:
         raise ValueError(f"cu_seqlens lie on {borders.device} and q on {q_THD.device}. Move them once per batch.")
-    q, k, v = (_rows_in_place(tensor) for tensor in (q_THD, k_TKD, v_TKD))
-    return Attended(*_op(q, k, v, sinks_H, borders, rows, scale, causal, window, deterministic))
+    q, k, v = _rows_in_place(q_THD), _rows_in_place(k_TKD), _rows_in_place(v_TKD)
+    # Kernels read adjacent numbers; of a parameter this is the tensor itself.
+    sinks = None if sinks_H is None else sinks_H.contiguous()
+    return Attended(*_op(q, k, v, sinks, borders, rows, scale, causal, window, deterministic))
 
 
 def _rows_in_place(tensor: Tensor) -> Tensor:
     """As it is, or a copy if its rows are not adjacent numbers, or a tile of them does not fit 32-bit offsets."""
-    adjacent = tensor.stride(-1) == 1 or tensor.shape[-1] == 1
-    return tensor if adjacent and max(tensor.stride()) <= FARTHEST else tensor.contiguous()
+    token, head, number = tensor.stride()
+    if token <= FARTHEST and head <= FARTHEST and (number == 1 or tensor.shape[-1] == 1):
+        return tensor
+    return tensor.contiguous()
 
 
 def _check(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, scale: float | None, causal: bool, window: int | None
 ) -> None:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
-        raise ValueError(f"{shapes} do not fit: q is (tokens, heads, head_dim), k and v (tokens, key heads, head_dim).")
-    if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"{shapes}: the {q.shape[1]} query heads must be a multiple of the {k.shape[1]} key heads.")
-    if not 0 < q.shape[2] <= LARGEST_HEAD_DIM:
-        raise ValueError(f"{shapes}: head_dim is {q.shape[2]}, the kernels take 1 to {LARGEST_HEAD_DIM}.")
-    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+    shape, keys, values, dtype, device = q.shape, k.shape, v.shape, q.dtype, q.device
+    if len(shape) != 3 or len(keys) != 3 or keys != values or shape[0] != keys[0] or shape[2] != keys[2]:
+        raise ValueError(
+            f"{_shapes(q, k, v)} do not fit: q is (tokens, heads, head_dim), k and v (tokens, key heads, head_dim)."
+        )
+    heads, kv_heads = shape[1], keys[1]
+    if kv_heads == 0 or heads == 0 or heads % kv_heads:
+        raise ValueError(f"{_shapes(q, k, v)}: the {heads} query heads must be a multiple of the {kv_heads} key heads.")
+    if not 0 < shape[2] <= LARGEST_HEAD_DIM:
+        raise ValueError(f"{_shapes(q, k, v)}: head_dim is {shape[2]}, the kernels take 1 to {LARGEST_HEAD_DIM}.")
+    if dtype not in DTYPES or k.dtype != dtype or v.dtype != dtype:
         raise ValueError(
             f"q is {q.dtype}, k {k.dtype}, v {v.dtype}: they must be the same, bf16, fp16 or fp32. Cast them, or use "
             "pegbox_kernels.attention.reference for fp64."
         )
-    if len({tensor.device for tensor in (q, k, v)}) > 1:
+    if k.device != device or v.device != device:
         raise ValueError(f"q lies on {q.device}, k on {k.device}, v on {v.device}. Move them to one device.")
-    if sinks is not None and (sinks.shape != q.shape[1:2] or not sinks.is_floating_point()):
-        raise ValueError(f"sinks are {tuple(sinks.shape)} {sinks.dtype}: one float per query head, ({q.shape[1]},).")
-    if sinks is not None and sinks.device != q.device:
+    if sinks is not None and (sinks.shape != (heads,) or not sinks.is_floating_point()):
+        raise ValueError(f"sinks are {tuple(sinks.shape)} {sinks.dtype}: one float per query head, ({heads},).")
+    if sinks is not None and sinks.device != device:
         raise ValueError(f"sinks lie on {sinks.device} and q on {q.device}. Move them to one device.")
     if scale is None or not 0 < scale < math.inf:
         raise ValueError(f"scale is {scale}: scores are multiplied by it, so it must be above 0; None is 1 / sqrt(D).")
@@ -158,6 +168,10 @@ def _check(
         raise ValueError(f"window is {window}: a token sees at least itself, window=1; None is no window.")
     if window is not None and not causal:
         raise ValueError(f"window={window} with causal=False: a window reaches back only. Pass causal=True.")
+
+
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
 
 
 def _check_borders(cu_seqlens: Tensor) -> None:
@@ -175,22 +189,25 @@ def _check_values(cu_seqlens: Tensor, tokens: int) -> None:
 
 
 def _shape(q: Tensor, k: Tensor, scale: float, causal: bool, window: int | None):  # type: ignore[no-untyped-def]
+    return _made_once(*q.shape, k.shape[1], q.dtype, scale, causal, window)
+
+
+@lru_cache(maxsize=256)
+def _made_once(tokens, heads, head_dim, kv_heads, dtype, scale, causal, window):  # type: ignore[no-untyped-def]
+    """All layers of a step have few shapes between them."""
     return kernels.Shape(
-        tokens=q.shape[0],
-        heads=q.shape[1],
-        kv_heads=k.shape[1],
-        head_dim=q.shape[2],
-        dtype=q.dtype,
+        tokens=tokens,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
         scale=scale,
         causal=causal,
         window=window,
     )
 
 
-@torch.library.custom_op(
-    "pegbox_kernels::attention_table", mutates_args=(), schema="(Tensor cu_seqlens, SymInt tokens) -> Tensor"
-)
-def _table(cu_seqlens, tokens):  # type: ignore[no-untyped-def]
+def _make_table(cu_seqlens, tokens):  # type: ignore[no-untyped-def]
     if values_at_hand(cu_seqlens):
         _check_values(cu_seqlens, tokens)
     if runs_kernels(cu_seqlens):
@@ -198,20 +215,16 @@ def _table(cu_seqlens, tokens):  # type: ignore[no-untyped-def]
     return cu_seqlens.new_empty(2, 0, 4)
 
 
-@_table.register_fake
-def _(cu_seqlens, tokens):  # type: ignore[no-untyped-def]
+def _fake_table(cu_seqlens, tokens):  # type: ignore[no-untyped-def]
     if kernels is None:
         return cu_seqlens.new_empty(2, 0, 4)
     return cu_seqlens.new_empty(2, tokens // kernels.GRANULE + cu_seqlens.shape[0] - 1, 4)
 
 
-@torch.library.custom_op(
-    "pegbox_kernels::attention",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? cu_seqlens, Tensor? table, float scale, bool causal, "
-    "int? window, bool deterministic) -> (Tensor, Tensor)",
-)
-def _op(q, k, v, sinks, cu_seqlens, table, scale, causal, window, deterministic):  # type: ignore[no-untyped-def]
+_table = operator("attention_table", _make_table, _fake_table, schema="(Tensor cu_seqlens, SymInt tokens) -> Tensor")
+
+
+def _forward(q, k, v, sinks, cu_seqlens, table, scale, causal, window, deterministic):  # type: ignore[no-untyped-def]
     if runs_kernels(q):
         shape = _shape(q, k, scale, causal, window)
         return kernels.forward(q, k, v, sinks, table, shape, kernels.default_launch(shape, deterministic))
@@ -219,14 +232,13 @@ def _op(q, k, v, sinks, cu_seqlens, table, scale, causal, window, deterministic)
     return out.contiguous(), lse.contiguous()
 
 
-@_op.register_fake
-def _(q, k, v, sinks, cu_seqlens, table, scale, causal, window, deterministic):  # type: ignore[no-untyped-def]
+def _fake_forward(q, k, v, sinks, cu_seqlens, table, scale, causal, window, deterministic):  # type: ignore[no-untyped-def]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     return out, torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    q, k, v, sinks, cu_seqlens, table, ctx.scale, ctx.causal, ctx.window, ctx.deterministic = inputs
+    q, k, v, sinks, cu_seqlens, table, *ctx.options = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, sinks, cu_seqlens, table, *output)
 
@@ -235,25 +247,24 @@ def _differentiate(ctx, dout, dlse):  # type: ignore[no-untyped-def]
     q, k, v, sinks, cu_seqlens, table, out, lse = ctx.saved_tensors
     if dout is None:
         dout = torch.zeros_like(out)
-    frozen = sinks is None or not ctx.needs_input_grad[3]
-    dq, dk, dv, dsinks = _backward(
-        q, k, v, sinks, cu_seqlens, table, out, lse, dout, dlse, not frozen,
-        ctx.scale, ctx.causal, ctx.window, ctx.deterministic,
-    )  # fmt: skip
-    return dq, dk, dv, None if frozen else dsinks, None, None, None, None, None, None
+    trained = sinks is not None and ctx.needs_input_grad[3]
+    saved = (q, k, v, sinks, cu_seqlens, table, out, lse, dout, dlse)
+    dq, dk, dv, dsinks = _backward(*saved, trained, *ctx.options)
+    return dq, dk, dv, dsinks if trained else None, None, None, None, None, None, None
 
 
-_op.register_autograd(_differentiate, setup_context=_save)
-
-
-@torch.library.custom_op(
-    "pegbox_kernels::attention_backward",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? cu_seqlens, Tensor? table, Tensor out, Tensor lse, "
-    "Tensor dout, Tensor? dlse, bool sinks_too, float scale, bool causal, int? window, bool deterministic) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+_op = differentiable(
+    "attention",
+    _forward,
+    _fake_forward,
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? cu_seqlens, Tensor? table, float scale, bool causal, "
+    "int? window, bool deterministic) -> (Tensor, Tensor)",
+    save=_save,
+    differentiate=_differentiate,
 )
-def _backward(  # type: ignore[no-untyped-def]
+
+
+def _gradients(  # type: ignore[no-untyped-def]
     q, k, v, sinks, cu_seqlens, table, out, lse, dout, dlse, sinks_too, scale, causal, window, deterministic
 ):
     if runs_kernels(q):
@@ -277,7 +288,16 @@ def _backward(  # type: ignore[no-untyped-def]
     return dq, dk, dv, q.new_empty(0) if dsinks is None else dsinks
 
 
-@_backward.register_fake
-def _(q, k, v, sinks, cu_seqlens, table, out, lse, dout, dlse, sinks_too, *_):  # type: ignore[no-untyped-def]
+def _fake_gradients(q, k, v, sinks, cu_seqlens, table, out, lse, dout, dlse, sinks_too, *_):  # type: ignore[no-untyped-def]
     dq, dk, dv = (torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (q, k, v))
     return dq, dk, dv, torch.empty_like(sinks) if sinks_too else q.new_empty(0)
+
+
+_backward = operator(
+    "attention_backward",
+    _gradients,
+    _fake_gradients,
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? cu_seqlens, Tensor? table, Tensor out, Tensor lse, "
+    "Tensor dout, Tensor? dlse, bool sinks_too, float scale, bool causal, int? window, bool deterministic) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)

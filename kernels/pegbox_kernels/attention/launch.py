@@ -5,20 +5,33 @@ Everything that a sweep may change is in `Launch`; `default_launch` is the table
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
-import triton
 from torch import Tensor
+from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
-from pegbox_kernels.attention import tiles
+from pegbox_kernels.attention import tiles, window_backward, window_forward
 from pegbox_kernels.attention import triton as kernels
-from pegbox_kernels.attention import window as march
+from pegbox_kernels.attention.window_backward import Columns
+from pegbox_kernels.attention.window_forward import Rows
+from pegbox_kernels.dispatch import on_device_of, power_of_two, quotient
+
+try:
+    from pegbox_kernels.attention import hopper
+    from pegbox_kernels.attention.hopper import Crew
+except ImportError:  # Triton without Gluon, or with another Gluon than was known.
+    hopper = None  # type: ignore[assignment]
 
 GRANULE: int = tiles.GRANULE.value
-Way: TypeAlias = Literal["atomic", "ordered", "window"]
+MANY = 4096
+"""Tokens from which the forward of Hopper is faster: below, its programs are too few."""
+CREWS = {} if hopper is None else {64: Crew(3, 128, 4), 128: Crew(2, 128, 2)}
+"""By head_dim. Of the registers of a multiprocessor, three warpgroups have 160 a thread each, two 240."""
+Way: TypeAlias = Literal["atomic", "ordered"]
 
 
 class Tile(NamedTuple):
@@ -37,15 +50,27 @@ class Tile(NamedTuple):
     straight: bool = False
 
 
+class Short(NamedTuple):
+    """Of a short window: the forward and the dQ kernel, which own tokens, and that of dK and dV, which owns keys."""
+
+    forward: Rows
+    rows: Rows
+    columns: Columns
+
+
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """The launches of a call: `queries` is the dQ kernel, `keys` that of dK and dV, `window` the fused one."""
+    """The launches of a call: `queries` is the dQ kernel, `keys` that of dK and dV.
+
+    `short` has them for the ways of short windows, `crew` the forward of Hopper, which takes one document.
+    """
 
     forward: Tile
     queries: Tile
     keys: Tile
-    window: march.Walk
     way: Way
+    short: Short | None = None
+    crew: Crew | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +86,18 @@ class Shape:
     causal: bool
     window: int | None
 
-    @property
+    @cached_property
     def group(self) -> int:
         return self.heads // self.kv_heads
 
-    @property
+    @cached_property
     def width(self) -> int:
-        return max(16, triton.next_power_of_2(self.head_dim))
+        return max(16, power_of_two(self.head_dim))
+
+    @property
+    def short(self) -> bool:
+        """Whether a window leaves few tiles of keys to each token."""
+        return self.window is not None and self.window <= 512
 
     def packed(self, most: int) -> int:
         """Query heads of one program: the largest power of two up to `most` that divides the group."""
@@ -75,33 +105,46 @@ class Shape:
 
 
 def default_launch(shape: Shape, deterministic: bool) -> Launch:
-    """The table, designed by what compiles without spills in the hot loops; no size in it has been measured yet."""
-    target = None if tiles.INTERPRETED.value else driver.active.get_current_target()
+    """The table: sizes for Hopper are measured (README.md), others chosen by what compiles without spills."""
+    active = None if tiles.INTERPRETED.value else driver.active
+    return _default_launch(active, None if active is None else active.get_current_device(), shape, deterministic)
+
+
+@lru_cache(maxsize=256)
+def _default_launch(active: DriverBase | None, device: object, shape: Shape, deterministic: bool) -> Launch:
+    """Asking the driver what `device`, the current one, is costs the host more than a launch."""
+    target = None if active is None else active.get_current_target()
     # Of Blackwell, data-center chips have as much shared memory; others (sm_120) as little as Ada.
-    hopper = target is None or (target.backend == "cuda" and target.arch // 10 in (9, 10, 11))
-    short = shape.window is not None and shape.window <= 512
-    way: Way = "ordered" if deterministic or short else "atomic"
-    if march.fits(shape.window, shape.width, shape.dtype.itemsize) and hopper:
-        way = "window"
+    large = target is None or (target.backend == "cuda" and target.arch // 10 in (9, 10, 11))
     if shape.dtype.itemsize == 4:
-        return _full_precision(shape, way)
-    if hopper:
-        return _hopper(shape, short, way)
-    return _smaller(shape, way, 4 if target is not None and target.backend == "hip" else 8)
+        return _full_precision(shape, "ordered" if deterministic or shape.short else "atomic")
+    if not large:
+        way: Way = "ordered" if deterministic or shape.short else "atomic"
+        return _smaller(shape, way, 4 if target is not None and target.backend == "hip" else 8)
+    launch = _large(shape)
+    hopper = target is not None and target.arch == 90
+    if hopper and shape.window is None and shape.tokens >= MANY and shape.head_dim in CREWS:
+        return replace(launch, crew=CREWS[shape.head_dim])
+    return launch
 
 
-def _hopper(shape: Shape, short: bool, way: Way) -> Launch:
-    """Eight warps on 128 rows are two warpgroups; 227 KiB of shared memory, two programs where registers allow."""
+def _large(shape: Shape) -> Launch:
+    """Measured on an H100 for heads of 64 and 128. Sums in registers and seven products beat five with atomics, so the
+    ordered way is also the fastest.
+    """
     two = shape.packed(2)
     if shape.width <= 64:
-        forward = Tile(128 // two, two, 64, 8, 3) if short else Tile(128, 1, 128, 8, 3)
-        queries = Tile(128, 1, 64, 8, 3)
-        keys = Tile(64, 1, 128, 8, 2)
+        forward = Tile(128 // two, two, 64, 8, 3) if shape.short else Tile(128, 1, 64, 8, 3)
+        queries, keys = Tile(64, 1, 64, 4, 3), Tile(64, 1, 64, 4, 3)
     elif shape.width == 128:
-        forward, queries, keys = Tile(128, 1, 64, 8, 3), Tile(128, 1, 64, 8, 2), Tile(32, 1, 128, 8, 2)
+        forward, queries, keys = Tile(128, 1, 64, 8, 3), Tile(128, 1, 64, 8, 3), Tile(64, 1, 128, 8, 2)
     else:
         forward, queries, keys = Tile(128, 1, 32, 8, 2), Tile(64, 1, 32, 8, 2), Tile(32, 1, 64, 8, 1)
-    return Launch(forward=forward, queries=queries, keys=keys, window=march.Walk(256, two, 8, 2), way=way)
+    launch = Launch(forward=forward, queries=queries, keys=keys, way="ordered")
+    if not window_forward.fits(shape.window, shape.width, shape.dtype.itemsize):
+        return launch
+    rows = Rows(32, 2, 4, 4, 2).fitted(shape)
+    return replace(launch, short=Short(rows, rows, Columns(64, 64, 4, 3)))
 
 
 def _smaller(shape: Shape, way: Way, warps: int) -> Launch:
@@ -112,14 +155,14 @@ def _smaller(shape: Shape, way: Way, warps: int) -> Launch:
         forward, queries, keys = Tile(64, 1, 64, 4, 2), Tile(64, 1, 32, 4, 1), Tile(32, 1, 64, warps, 1)
     else:
         forward, queries, keys = Tile(64, 1, 32, warps, 1), Tile(32, 1, 32, 4, 1), Tile(16, 1, 32, 4, 1)
-    return Launch(forward=forward, queries=queries, keys=keys, window=march.Walk(256, shape.packed(2), 8, 1), way=way)
+    return Launch(forward=forward, queries=queries, keys=keys, way=way)
 
 
 def _full_precision(shape: Shape, way: Way) -> Launch:
     """fp32 products do not run on tensor cores: small tiles, for checks and tiny models."""
     size = 64 if tiles.INTERPRETED.value else 32 if shape.width <= 64 else 16
     tile = Tile(size, 1, size, 4, 1)
-    return Launch(forward=tile, queries=tile, keys=tile, window=march.Walk(256, 1, 8, 1), way=way)
+    return Launch(forward=tile, queries=tile, keys=tile, way=way)
 
 
 def make_table(cu_seqlens_S: Tensor, tokens: int) -> Tensor:
@@ -128,15 +171,15 @@ def make_table(cu_seqlens_S: Tensor, tokens: int) -> Tensor:
     slots = tokens // GRANULE + documents
     table = torch.empty(2, slots, 4, dtype=torch.int32, device=cu_seqlens_S.device)
     if slots:
-        with torch.cuda.device_of(table):
-            tiles.table_kernel[(triton.cdiv(slots, 128),)](
+        with on_device_of(table):
+            tiles.table_kernel[(quotient(slots, 128),)](
                 cu_seqlens_S, table, documents, slots, documents.bit_length(), BLOCK=128, enable_fp_fusion=True
             )
     return table
 
 
 def _blocks(table: Tensor | None, tokens: int, block: int) -> int:
-    return triton.cdiv(tokens, block) if table is None else table.shape[1] * (GRANULE // block)
+    return quotient(tokens, block) if table is None else table.shape[1] * (GRANULE // block)
 
 
 def _constants(shape: Shape, table: Tensor | None) -> dict[str, object]:
@@ -160,13 +203,20 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, table: Tensor | None, shape: Shape, launch: Launch
 ) -> tuple[Tensor, Tensor]:
     """Outputs (T, H, D) and lse (H, T) fp32."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(shape.heads, shape.tokens, dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    tile = launch.forward
-    blocks = _blocks(table, shape.tokens, tile.tokens)
-    with torch.cuda.device_of(q):
+    tile, short = launch.forward, launch.short
+    with on_device_of(q):
+        if short is not None:
+            blocks = _blocks(table, shape.tokens, short.forward.tokens)
+            window_forward.forward(q, k, v, sinks, out, lse, table, shape, short.forward, blocks)
+            return out, lse
+        if launch.crew is not None and table is None and hopper.fits(q, k, v):
+            hopper.forward(q, k, v, sinks, out, lse, shape, launch.crew)
+            return out, lse
+        blocks = _blocks(table, shape.tokens, tile.tokens)
         kernels.forward_kernel[(blocks * (shape.heads // tile.heads),)](
             q,
             k,
@@ -195,8 +245,7 @@ def forward(
     return out, lse
 
 
-@dataclass(frozen=True, kw_only=True)
-class Saved:
+class Saved(NamedTuple):
     """What a backward reads; `sinks` is None if there are none or they are frozen."""
 
     q: Tensor
@@ -221,10 +270,12 @@ def backward(saved: Saved, shape: Shape, launch: Launch) -> tuple[Tensor, Tensor
             dv,
             None if saved.sinks is None else torch.zeros_like(saved.sinks),
         )
-    with torch.cuda.device_of(saved.q):
-        if launch.way == "window":
-            blocks = _blocks(saved.table, shape.tokens, launch.window.chunk)
-            dq, dsinks = march.backward(saved, dk, dv, shape, launch.window, _constants(shape, saved.table), blocks)
+    with on_device_of(saved.q):
+        if launch.short is not None:
+            sizes = (launch.short.rows.tokens, launch.short.columns.keys)
+            blocks = (_blocks(saved.table, shape.tokens, sizes[0]), _blocks(saved.table, shape.tokens, sizes[1]))
+            short = launch.short
+            dq, dsinks = window_backward.backward(saved, dk, dv, shape, short.rows, short.columns, blocks)
         elif launch.way == "atomic":
             stats, dsinks = _prepare(saved, shape)
             total = torch.zeros(saved.q.shape, dtype=torch.float32, device=saved.q.device)
@@ -246,9 +297,9 @@ def partial_sums(saved: Saved, shape: Shape, blocks: int) -> Tensor:
 
 def _prepare(saved: Saved, shape: Shape) -> tuple[Tensor, Tensor]:
     tokens = 64
-    blocks = triton.cdiv(shape.tokens, tokens)
+    blocks = quotient(shape.tokens, tokens)
     dsinks = partial_sums(saved, shape, blocks)
-    stats = torch.empty(2, *saved.lse.shape, dtype=torch.float32, device=saved.q.device)
+    stats = torch.empty(*saved.lse.shape, 2, dtype=torch.float32, device=saved.q.device)
     kernels.prepare_kernel[(blocks * shape.heads,)](
         saved.dout,
         saved.out,
@@ -275,7 +326,7 @@ def _prepare(saved: Saved, shape: Shape) -> tuple[Tensor, Tensor]:
 def _queries(saved: Saved, dq: Tensor, shape: Shape, tile: Tile) -> tuple[Tensor, Tensor]:
     blocks = _blocks(saved.table, shape.tokens, tile.tokens)
     dsinks = partial_sums(saved, shape, blocks)
-    stats = torch.empty(2, *saved.lse.shape, dtype=torch.float32, device=saved.q.device)
+    stats = torch.empty(*saved.lse.shape, 2, dtype=torch.float32, device=saved.q.device)
     kernels.queries_kernel[(blocks * (shape.heads // tile.heads),)](
         saved.q,
         saved.k,

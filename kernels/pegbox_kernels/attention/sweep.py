@@ -9,8 +9,9 @@ from functools import partial
 import torch
 
 from pegbox_kernels.attention import launch as kernels
-from pegbox_kernels.attention.launch import Launch, Saved, Shape, Tile
-from pegbox_kernels.attention.window import Walk, fits
+from pegbox_kernels.attention.launch import Launch, Saved, Shape, Short, Tile
+from pegbox_kernels.attention.window_backward import Columns
+from pegbox_kernels.attention.window_forward import Rows
 from pegbox_kernels.harness.opspec import Inputs
 
 
@@ -34,61 +35,63 @@ def variants(inputs: Inputs) -> Mapping[str, Callable[[], object]]:
     dout = torch.randn_like(out)
     saved = Saved(q=q, k=k, v=v, sinks=sinks, out=out, lse=lse, dout=dout, dlse=None, table=table)
     found: dict[str, Callable[[], object]] = {}
-    for tile in _forward(shape):
-        changed = replace(default, forward=tile)
-        found[f"forward {_name(tile)}"] = partial(kernels.forward, q, k, v, sinks, table, shape, changed)
+    for launch in _forward(shape, default):
+        found[f"forward {_of(launch, True)}"] = partial(kernels.forward, q, k, v, sinks, table, shape, launch)
     for launch in _backward(shape, default):
-        found[f"backward {_of(launch)}"] = partial(kernels.backward, saved, shape, launch)
+        found[f"backward {_of(launch, False)}"] = partial(kernels.backward, saved, shape, launch)
     return found
 
 
-def _forward(shape: Shape) -> Iterator[Tile]:
+ROWS = (Rows(32, 2, 4, 4, 2), Rows(32, 2, 4, 4, 1, 128), Rows(16, 4, 2, 4, 2, 128), Rows(16, 4, 1, 4, 1))
+COLUMNS = (Columns(64, 64, 4, 3), Columns(64, 64, 4, 2), Columns(64, 64, 4, 3, apart=True), Columns(64, 32, 4, 3))
+
+
+def _forward(shape: Shape, default: Launch) -> Iterator[Launch]:
+    if default.short is not None:
+        for rows in ROWS:
+            yield replace(default, short=default.short._replace(forward=rows.fitted(shape)))
+    if default.crew is not None:
+        yield default
+    plain = replace(default, short=None, crew=None)
     if shape.window is None:
-        sizes = ((128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 64, 4), (64, 128, 4), (128, 32, 4))
-        yield from (Tile(tokens, 1, keys, warps, stages) for tokens, keys, warps in sizes for stages in (2, 3))
+        sizes = ((128, 128, 8), (128, 64, 8), (64, 64, 4), (64, 128, 4))
+        for tokens, keys, warps in sizes:
+            for stages in (2, 3):
+                yield replace(plain, forward=Tile(tokens, 1, keys, warps, stages))
         return
-    for heads in {1, shape.packed(2), shape.packed(8)}:
-        for rows, warps in ((64, 4), (128, 4), (128, 8)):
-            for keys in (32, 64):
-                for masked in (False, True):
-                    yield Tile(rows // heads, heads, keys, warps, 2, masked)
+    for heads in {1, shape.packed(2)}:
+        for rows, warps in ((64, 4), (128, 8)):
+            for masked in (False, True):
+                yield replace(plain, forward=Tile(rows // heads, heads, 64, warps, 2, masked))
 
 
 def _backward(shape: Shape, default: Launch) -> Iterator[Launch]:
-    if fits(shape.window, shape.width, shape.dtype.itemsize):
-        for chunk in (128, 256):
-            for heads, warps in ((1, 4), (1, 8), (shape.packed(2), 8), (shape.packed(4), 16)):
-                for stages in (1, 2) if warps <= 8 else (1,):
-                    yield replace(default, way="window", window=Walk(chunk, heads, warps, stages))
-    masked = shape.window is not None and shape.window <= 512
-    keys = (
-        Tile(64, 1, 128, 8, 2, masked),
-        Tile(32, 1, 128, 8, 2, masked),
-        Tile(64, 1, 64, 4, 1, masked),
-        Tile(64, 1, 64, 4, 2, masked),
-        Tile(64, 1, 64, 4, 2, masked, True),
-        Tile(128, 1, 64, 8, 2, masked, True),
-        Tile(128, 1, 128, 8, 2, masked, True),
-    )
-    for tile in keys:
+    if default.short is not None:
+        for rows in ROWS:
+            yield replace(default, short=Short(ROWS[0], rows.fitted(shape), COLUMNS[0]))
+        for columns in COLUMNS[1:]:
+            yield replace(default, short=Short(ROWS[0], ROWS[0].fitted(shape), columns))
+    plain, masked = replace(default, short=None), shape.short
+    for tokens, keys, warps, stages in ((64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 3)):
         for way in ("atomic", "ordered"):
-            yield replace(default, way=way, keys=tile)
-    for rows, count, warps, stages in (
-        (128, 64, 8, 2),
-        (128, 64, 8, 3),
-        (128, 128, 8, 2),
-        (64, 64, 4, 2),
-        (128, 32, 4, 2),
-    ):
-        yield replace(default, way="ordered", queries=Tile(rows, 1, count, warps, stages, masked))
+            yield replace(plain, way=way, keys=Tile(tokens, 1, keys, warps, stages, masked))
+    yield replace(plain, way="ordered", keys=Tile(64, 1, 64, 4, 2, masked, True))
+    for tokens, keys, warps, stages in ((128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2)):
+        yield replace(plain, way="ordered", queries=Tile(tokens, 1, keys, warps, stages, masked))
 
 
-def _of(launch: Launch) -> str:
-    if launch.way == "window":
-        walk = launch.window
-        return f"window, chunk {walk.chunk}, {walk.heads} heads, {walk.warps} warps, {walk.stages} stages"
+def _of(launch: Launch, forward: bool) -> str:
+    if launch.short is not None:
+        _, rows, columns = launch.short
+        return f"short {_fields(launch.short.forward) if forward else f'{_fields(rows)}; {_fields(columns)}'}"
+    if forward:
+        return _name(launch.forward) if launch.crew is None else f"crew {_fields(launch.crew)}"
     queries = f", queries {_name(launch.queries)}" if launch.way == "ordered" else ""
     return f"{launch.way}, keys {_name(launch.keys)}{queries}"
+
+
+def _fields(launch: tuple[object, ...]) -> str:
+    return " ".join(str(value) for value in launch)
 
 
 def _name(tile: Tile) -> str:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from pegbox_kernels.launching import repeatable
+
 GRANULE = tl.constexpr(256)
 """Tokens of a granule: every block of tokens divides it."""
 # Whether Triton's interpreter runs the kernels: TRITON_INTERPRET=1 was set when this module was imported.
@@ -23,6 +25,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1e30)
 
 
+@repeatable
 @triton.jit
 def table_kernel(borders, table, documents, slots, rounds, BLOCK: tl.constexpr):
     """Fills table (2, slots, 4): granules as queries take them (late ones first) and as keys do (early ones first)."""

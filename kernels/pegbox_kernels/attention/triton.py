@@ -21,8 +21,9 @@ Loops over heads and steps forbid hoisting of loop invariants (disable_licm): ad
 would spill the accumulators.
 
 Shapes: q (T, H, D), k, v (T, K, D), out (T, H, D) contiguous, lse (H, T) fp32,
-stats (2, H, T) fp32: lse in base 2, and D; dsinks (H, blocks) fp32 partial
-sums. Addresses are 64-bit. `table` is described in `tiles.py`.
+stats (H, T, 2) fp32: lse in base 2, and D; dsinks (H, blocks) fp32 partial sums. Addresses are 64-bit. `table` is
+described in `tiles.py`. The two stats of a token lie beside each other, because a tile of pairs has a number for each
+thread to load once; of 64 numbers for 128 threads the compiler makes each thread load all that it will use.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from pegbox_kernels.attention.tiles import (
     two_runs,
     wide,
 )
+from pegbox_kernels.launching import repeatable
 
 NEVER = ["tokens", "blocks", "window"]
 """Runtime numbers that no kernel is compiled anew for."""
@@ -101,6 +103,7 @@ def _attend(
     return acc, m, l
 
 
+@repeatable
 @triton.jit(do_not_specialize=NEVER)
 def forward_kernel(
     q,
@@ -179,22 +182,21 @@ def row_sums(do, out, lse, dlse, sinks, queries, heads, tokens, end, SINK: tl.co
     """
     inside = queries < end
     at = heads.to(tl.int64) * tokens + queries
-    lse2 = tl.load(lse + at, mask=inside, other=float("inf")) * LOG2E
+    total = tl.load(lse + at, mask=inside, other=float("inf"))
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
     if DLSE:
         delta -= tl.load(dlse + at, mask=inside, other=0.0)
     share = tl.zeros_like(delta)
     if SINK:
-        sink = tl.load(sinks + heads).to(tl.float32) * LOG2E
-        share = -tl.exp2(sink - lse2) * delta
-    return lse2, delta, share
+        # The difference first: a large sink and its lse, rounded apart, would not cancel.
+        share = -tl.exp2((tl.load(sinks + heads).to(tl.float32) - total) * LOG2E) * delta
+    return total * LOG2E, delta, share
 
 
 @triton.jit
-def _keep(stats, lse2, delta, heads, queries, tokens, end, H: tl.constexpr):
-    at = wide(heads) * tokens + queries
-    tl.store(stats + at, lse2, mask=queries < end)
-    tl.store(stats + wide(tokens) * H + at, delta, mask=queries < end)
+def _keep(stats, lse2, delta, heads, queries, tokens, end):
+    at = stats + (wide(heads) * tokens + queries) * 2
+    tl.store(at[:, None] + tl.arange(0, 2)[None, :], tl.join(lse2, delta), mask=(queries < end)[:, None])
 
 
 @triton.jit
@@ -204,6 +206,7 @@ def _store_share(dsinks, share, block, blocks, bundle, TOKENS: tl.constexpr, HEA
     tl.store(dsinks + heads.to(tl.int64) * blocks + block, total)
 
 
+@repeatable
 @triton.jit(do_not_specialize=NEVER)
 def prepare_kernel(
     do,
@@ -237,7 +240,7 @@ def prepare_kernel(
     out_at = out + wide(start) * (H * D) + head * D
     out_tile = load_rows(out_at, offsets_of(token, H * D, columns), queries, tokens, columns, D, True)
     lse2, sums, share = row_sums(do_tile, out_tile, lse, dlse, sinks, queries, heads, tokens, tokens, SINK, DLSE)
-    _keep(stats, lse2, sums, heads, queries, tokens, tokens, H)
+    _keep(stats, lse2, sums, heads, queries, tokens, tokens)
     if SINK:
         _store_share(dsinks, share, block, blocks, head, TOKENS, 1)
 
@@ -289,6 +292,7 @@ def _add_dq(
     return dq
 
 
+@repeatable
 @triton.jit(do_not_specialize=NEVER)
 def queries_kernel(
     q,
@@ -354,7 +358,7 @@ def queries_kernel(
     do_tile = load_rows(do + wide(start) * stride_dt + head * stride_dh, of_do, queries, end, columns, D, True)
     out_tile = load_rows(out + out_at, of_out, queries, end, columns, D, True)
     lse2, sums, share = row_sums(do_tile, out_tile, lse, dlse, sinks, queries, heads, tokens, end, SINK, DLSE)
-    _keep(stats, lse2, sums, heads, queries, tokens, end, H)
+    _keep(stats, lse2, sums, heads, queries, tokens, end)
     if SINK:
         _store_share(dsinks, share, block, blocks, bundle, TOKENS, HEADS)
     tile = load_rows(q + wide(start) * stride_qt + head * stride_qh, of_q, queries, end, columns, D, True)
@@ -382,7 +386,6 @@ def _add_dkv(
     do_at,
     dq_at,
     stats_at,
-    to_delta,
     low,
     gap,
     resume,
@@ -417,10 +420,12 @@ def _add_dkv(
         queries = n + token
         q = load_rows(q_at + wide(n) * stride_qt, of_q, queries, end, columns, D, EDGE)
         inside = queries < end
-        if EDGE:  # noqa: SIM108
-            lse2 = tl.load(stats_at + queries, mask=inside, other=float("inf"))
+        stats_of = stats_at + (queries * 2)[:, None] + tl.arange(0, 2)[None, :]
+        if EDGE:
+            lse2, delta = tl.split(tl.load(stats_of, mask=inside[:, None], other=float("inf")))
+            delta = tl.where(inside, delta, 0.0)
         else:
-            lse2 = tl.load(stats_at + queries)
+            lse2, delta = tl.split(tl.load(stats_of))
         if STRAIGHT:
             s = product(q, tl.trans(k), None, PRECISION)
             p = tl.exp2(s * scale - lse2[:, None])
@@ -432,10 +437,6 @@ def _add_dkv(
             if EDGE:
                 p = tl.where(is_seen(queries[None, :], keys[:, None], end, window, CAUSAL, WINDOWED), p, 0.0)
         do = load_rows(do_at + wide(n) * stride_dt, of_do, queries, end, columns, D, EDGE)
-        if EDGE:
-            delta = tl.load(stats_at + to_delta + queries, mask=inside, other=0.0)
-        else:
-            delta = tl.load(stats_at + to_delta + queries)
         if STRAIGHT:
             dv = product(tl.trans(do), narrow(p, do.dtype), dv, PRECISION)
             dp = product(do, tl.trans(v), None, PRECISION)
@@ -453,6 +454,7 @@ def _add_dkv(
     return dk, dv
 
 
+@repeatable
 @triton.jit(do_not_specialize=NEVER)
 def keys_kernel(
     q,
@@ -506,21 +508,20 @@ def keys_kernel(
     dk_tile = tl.zeros([WIDTH, KEYS] if STRAIGHT else [KEYS, WIDTH], tl.float32)
     dv_tile = tl.zeros([WIDTH, KEYS] if STRAIGHT else [KEYS, WIDTH], tl.float32)
     first, clear, last, stop = query_range(start, begin, end, window, KEYS, TOKENS, CAUSAL, WINDOWED, MASKED)
-    to_delta = wide(tokens) * H
     for member in tl.range(0, GROUP, disable_licm=True):
         head = kv_head * GROUP + member
         q_at = q + head * stride_qh
         do_at = do + head * stride_dh
         dq_at = dq + head * D
-        stats_at = stats + head * tokens
+        stats_at = stats + head * tokens * 2
         if not MASKED:
             dk_tile, dv_tile = _add_dkv(
-                dk_tile, dv_tile, k_tile, v_tile, q_at, do_at, dq_at, stats_at, to_delta, clear, clear, clear, last,
+                dk_tile, dv_tile, k_tile, v_tile, q_at, do_at, dq_at, stats_at, clear, clear, clear, last,
                 keys, end, window, stride_qt, stride_dt, scale, H, D, TOKENS, CAUSAL, WINDOWED, False, ATOMIC, STRAIGHT,
                 PRECISION,
             )  # fmt: skip
         dk_tile, dv_tile = _add_dkv(
-            dk_tile, dv_tile, k_tile, v_tile, q_at, do_at, dq_at, stats_at, to_delta, first, clear, last, stop,
+            dk_tile, dv_tile, k_tile, v_tile, q_at, do_at, dq_at, stats_at, first, clear, last, stop,
             keys, end, window, stride_qt, stride_dt, scale, H, D, TOKENS, CAUSAL, WINDOWED, True, ATOMIC, STRAIGHT,
                 PRECISION,
         )  # fmt: skip
