@@ -10,7 +10,7 @@ from pegbox_kernels.linear_logprob import linear_cross_entropy, linear_token_log
 
 N, H, V = 6, 24, 123
 RULE = (1.0, 2.0, 0.9, -100)
-COST = (torch.float32, 1 << 20, False)
+COST = (torch.float32, 1 << 20)
 
 
 def head(dtype: torch.dtype = torch.float32, frozen: bool = False):

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pegbox_kernels.dispatch import is_for_gpu
 from pegbox_kernels.linear_logprob import ops
-from pegbox_kernels.linear_logprob.chunks import overlaps
 
 __all__ = ["LinearCrossEntropy", "LinearLogprobs", "linear_cross_entropy", "linear_token_logprobs"]
 
@@ -70,7 +70,6 @@ def linear_token_logprobs(
     entropy_gradient: bool = False,
     uniform: bool = False,
     logits_bytes: int | None = None,
-    overlap: bool | None = None,
 ) -> LinearLogprobs:
     """Log-probabilities of targets under softmax of softcap * tanh(scale * (W h + b) / softcap) / temperature.
 
@@ -94,7 +93,6 @@ def linear_token_logprobs(
         uniform: every logp will get the same gradient, as from `-logps.sum()`: make the gradient of the weight in the
             forward (6 N H V). Checked in the backward without asking the device.
         logits_bytes: scratch memory for logits; None: 880 MiB, 1640 MiB if the weight is trained (64 MiB on a CPU).
-        overlap: run softmax beside products on a side stream; None: where there is enough to do.
 
     Returns:
         `logps`, `entropy` and `logsumexp`, (N), fp32, each differentiable once.
@@ -107,7 +105,7 @@ def linear_token_logprobs(
     need = _needed(hidden_NH, weight_VH, bias_V)
     trained = need[1] or need[2]
     ahead = not entropy_gradient and (uniform or not trained)
-    arguments = (*rule, dtype, *_cost(hidden_NH, weight_VH, dtype, trained, logits_bytes, overlap), entropy)
+    arguments = (*rule, dtype, _budget(hidden_NH, trained, logits_bytes), entropy)
     keep = (needed and ahead for needed in need)
     found = ops.linear_logps(hidden_NH, weight_VH, bias_V, targets_N, *arguments, *keep)
     return LinearLogprobs(found[0], found[1] if entropy else None, found[2])
@@ -127,7 +125,6 @@ def linear_cross_entropy(
     temperature: float = 1.0,
     ignore_index: int = -100,
     logits_bytes: int | None = None,
-    overlap: bool | None = None,
 ) -> LinearCrossEntropy:
     """The sum over rows of w_n (-(1 - e) logp_target - e mean_v logp_v + z lse^2), and its count: no mean is taken.
 
@@ -147,9 +144,9 @@ def linear_cross_entropy(
     rule = _rule(scale, softcap, temperature, ignore_index)
     _check_objective(targets_N, token_weights_N, label_smoothing, z_loss)
     need = _needed(hidden_NH, weight_VH, bias_V)
-    cost = _cost(hidden_NH, weight_VH, dtype, need[1] or need[2], logits_bytes, overlap)
+    budget = _budget(hidden_NH, need[1] or need[2], logits_bytes)
     objective = (token_weights_N, label_smoothing, z_loss)
-    found = ops.linear_nll(hidden_NH, weight_VH, bias_V, targets_N, *rule, dtype, *cost, *objective, *need)
+    found = ops.linear_nll(hidden_NH, weight_VH, bias_V, targets_N, *rule, dtype, budget, *objective, *need)
     return LinearCrossEntropy(*found[:4])
 
 
@@ -159,15 +156,13 @@ def _needed(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, 
     return on and hidden.requires_grad, on and weight.requires_grad, on and bias is not None and bias.requires_grad
 
 
-def _cost(
-    hidden: Tensor, weight: Tensor, dtype: torch.dtype, trained: bool, logits_bytes: int | None, overlap: bool | None
-) -> tuple[int, bool]:
+def _budget(hidden: Tensor, trained: bool, logits_bytes: int | None) -> int:
+    """Bytes for logits."""
     if logits_bytes is not None and logits_bytes <= 0:
         raise ValueError(f"logits_bytes is {logits_bytes}: it is memory for logits and must be above 0; None: default.")
-    if overlap is None:
-        overlap = overlaps(hidden.shape[0], weight.shape[0], dtype.itemsize, hidden.device)
     default = TRAINED_BYTES if trained else FROZEN_BYTES
-    return logits_bytes or (HOST_BYTES if hidden.device.type == "cpu" else default), overlap
+    on_host = hidden.device.type == "cpu" and not is_for_gpu(hidden)
+    return logits_bytes or (HOST_BYTES if on_host else default)
 
 
 def _rule(

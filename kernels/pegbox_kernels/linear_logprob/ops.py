@@ -33,7 +33,7 @@ else:
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets"
 _RULE = "float scale, float softcap, float temperature, int ignore_index"
-_COST = "ScalarType dtype, int logits_bytes, bool overlap"
+_COST = "ScalarType dtype, int logits_bytes"
 _KEEP = "bool keep_x, bool keep_w, bool keep_b"
 
 
@@ -67,7 +67,7 @@ def _gradients(products: Products) -> tuple[Tensor, Tensor, Tensor]:
     return made[0], made[1], made[2]
 
 
-def _forward(products: Products, bias, targets, rule, objective, rows, logits_bytes, overlap) -> None:  # type: ignore[no-untyped-def]
+def _forward(products: Products, bias, targets, rule, objective, rows, logits_bytes) -> None:  # type: ignore[no-untyped-def]
     if values_at_hand(targets):
         _check_ids(targets, products.weight_VH.shape[0], rule.ignore_index)
     targets = targets.contiguous()
@@ -80,7 +80,17 @@ def _forward(products: Products, bias, targets, rule, objective, rows, logits_by
         wanted = objective if weights is None else objective._replace(token_weights_N=weights[of_all])
         way.forward(logits_CV, bias, targets[of_all], rule, wanted, Rows(*part(rows, of_all)), products.gradient)
 
-    run(products, softmax, logits_bytes, overlap)
+    run(products, softmax, logits_bytes, rows.factors_N if rows.factors_N.numel() else None)
+
+
+def _in_one_pass(products: Products, objective: Objective, entropy: bool) -> bool:
+    """Whether the softmax may leave a factor of each row to the product with the head.
+
+    Not with a trained head: the factors would be those of the rows of hidden states, which would be rounded once more.
+    """
+    if entropy or products.dx_NH is None or products.dw_VH is not None or products.db_V is not None:
+        return False
+    return _way(products.hidden_NH) is kernels and kernels.one_pass.serves(products.hidden_NH.dtype, objective)
 
 
 def _check_ids(targets: Tensor, vocab: int, ignore_index: int) -> None:
@@ -109,24 +119,25 @@ def linear_logps(  # type: ignore[no-untyped-def]
     ignore_index,
     dtype,
     logits_bytes,
-    overlap,
     entropy,
     keep_x,
     keep_w,
     keep_b,
 ):
     """logps, entropy, logsumexp, parts (2, N), and the gradients of the sum of logps that are to be kept."""
-    rows = Rows.new(hidden.shape[0], hidden.device, entropy=entropy, mean=False, hits=False)
     products = _products(hidden, weight, dtype, (keep_x, keep_w, keep_b))
+    objective = Objective(factor=-1.0)
+    factors = _in_one_pass(products, objective, entropy)
+    rows = Rows.new(hidden.shape[0], hidden.device, entropy=entropy, mean=False, hits=False, factors=factors)
     rule = Rule(scale, softcap, temperature, ignore_index)
-    _forward(products, bias, targets, rule, Objective(factor=-1.0), rows, logits_bytes, overlap)
+    _forward(products, bias, targets, rule, objective, rows, logits_bytes)
     parts = torch.stack((rows.largest_N, rows.log_total_N))
     return rows.logps_N, rows.entropy_N, rows.logsumexp_N, parts, *_gradients(products)
 
 
 @linear_logps.register_fake
 def _(hidden, weight, bias, targets, *rest):  # type: ignore[no-untyped-def]
-    dtype, _, _, entropy, *keep = rest[4:]
+    dtype, _, entropy, *keep = rest[4:]
     rows = hidden.shape[0]
 
     def result(*shape: int) -> Tensor:
@@ -149,7 +160,7 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _differentiate(ctx, grad_logps, grad_entropy, grad_logsumexp, *_):  # type: ignore[no-untyped-def]
     hidden, weight, bias, targets, parts, entropy, *units = ctx.saved_tensors
     need = ctx.needs_input_grad[:3]
-    unused = (None,) * 12
+    unused = (None,) * 11
     if grad_logps is None and grad_entropy is None and grad_logsumexp is None:
         return None, None, None, *unused
     known = grad_entropy is None and grad_logsumexp is None
@@ -197,7 +208,6 @@ def _backward(  # type: ignore[no-untyped-def]
     ignore_index,
     dtype,
     logits_bytes,
-    overlap,
     keep_x,
     keep_w,
     keep_b,
@@ -220,7 +230,7 @@ def _backward(  # type: ignore[no-untyped-def]
     def softmax(logits_CV: Tensor, of_all: slice) -> None:
         way.backward(logits_CV, bias, targets[of_all], rule, Coefficients(*part(coefficients, of_all)))
 
-    run(products, softmax, logits_bytes, overlap)
+    run(products, softmax, logits_bytes)
     return _in_dtypes(products, hidden, weight, bias)
 
 
@@ -232,7 +242,7 @@ def _in_dtypes(products: Products, hidden: Tensor, weight: Tensor, bias: Tensor 
 
 @_backward.register_fake
 def _(hidden, weight, bias, *rest):  # type: ignore[no-untyped-def]
-    dtype, _, _, *keep = rest[10:]
+    dtype, _, *keep = rest[10:]
     return _in_dtypes(_products(hidden, weight, dtype, keep, dtype), hidden, weight, bias)
 
 
@@ -253,7 +263,6 @@ def linear_nll(  # type: ignore[no-untyped-def]
     ignore_index,
     dtype,
     logits_bytes,
-    overlap,
     token_weights,
     smoothing,
     z_loss,
@@ -262,11 +271,12 @@ def linear_nll(  # type: ignore[no-untyped-def]
     keep_b,
 ):
     """Sum of the loss, count, z-loss in it, count of right predictions, and the gradients of the sum to be kept."""
-    rows = Rows.new(hidden.shape[0], hidden.device, entropy=False, mean=smoothing > 0, hits=True)
     products = _products(hidden, weight, dtype, (keep_x, keep_w, keep_b))
-    rule = Rule(scale, softcap, temperature, ignore_index)
     objective = Objective(1.0, token_weights, smoothing, z_loss)
-    _forward(products, bias, targets, rule, objective, rows, logits_bytes, overlap)
+    factors = _in_one_pass(products, objective, False)
+    rows = Rows.new(hidden.shape[0], hidden.device, entropy=False, mean=smoothing > 0, hits=True, factors=factors)
+    rule = Rule(scale, softcap, temperature, ignore_index)
+    _forward(products, bias, targets, rule, objective, rows, logits_bytes)
     weights = (targets != ignore_index).float()
     if token_weights is not None:
         weights = torch.where(weights > 0, token_weights.float(), 0.0)
@@ -279,7 +289,7 @@ def linear_nll(  # type: ignore[no-untyped-def]
 
 @linear_nll.register_fake
 def _(hidden, weight, bias, targets, *rest):  # type: ignore[no-untyped-def]
-    dtype, _, _, _, _, _, *keep = rest[4:]
+    dtype, _, _, _, _, *keep = rest[4:]
     sums = [torch.empty((), dtype=torch.float32, device=hidden.device) for _ in range(4)]
     return *sums, *_gradients(_products(hidden, weight, dtype, keep))
 
@@ -292,7 +302,7 @@ def _save_units(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _scale_units(ctx, grad_sum, *_):  # type: ignore[no-untyped-def]
-    unused = (None,) * 14
+    unused = (None,) * 13
     if grad_sum is None:
         return None, None, None, *unused
     return *_scaled(ctx.saved_tensors, (grad_sum, grad_sum), ctx.dtypes, ctx.needs_input_grad[:3]), *unused

@@ -41,6 +41,7 @@ def forward(
         log_total_N=log_total_R1,
         mean_logp_N=log_p_RV.mean(-1) if rows.mean_logp_N.numel() else rows.mean_logp_N,
         hits_N=hits_R,
+        factors_N=rows.factors_N,
     )
     for target, value in zip(rows, found, strict=True):
         if target.numel():

@@ -5,6 +5,7 @@ N  rows (tokens)
 
 from __future__ import annotations
 
+from math import log
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,14 @@ class Rule(NamedTuple):
     softcap: float
     temperature: float
     ignore_index: int
+
+    @property
+    def scales(self) -> tuple[float, float, float, float]:
+        """k, inner, cap and share of the kernels (`triton.py`)."""
+        share = self.scale / self.temperature
+        if self.softcap > 0:
+            return 1 / (self.temperature * log(2)), self.scale / self.softcap, self.softcap, share
+        return share / log(2), 1.0, 1.0, share
 
 
 class Objective(NamedTuple):
@@ -34,7 +43,8 @@ class Rows(NamedTuple):
 
     `largest_N` is the largest logit before the temperature, `log_total_N` the logsumexp of what logits lie below it:
     together they are the logsumexp, apart they do not lose small differences. `mean_logp_N` is the mean of log p over
-    the vocabulary; `hits_N` is 1 where no logit is above the target's.
+    the vocabulary; `hits_N` is 1 where no logit is above the target's. `factors_N` are for rows of a gradient that was
+    written before they were known; without elements, the gradient is whole.
     """
 
     logps_N: Tensor
@@ -44,13 +54,14 @@ class Rows(NamedTuple):
     log_total_N: Tensor
     mean_logp_N: Tensor
     hits_N: Tensor
+    factors_N: Tensor
 
     @classmethod
-    def new(cls, rows: int, device: torch.device, *, entropy: bool, mean: bool, hits: bool) -> Rows:
+    def new(cls, rows: int, device: torch.device, *, entropy: bool, mean: bool, hits: bool, factors: bool) -> Rows:
         def made(wanted: bool) -> Tensor:
             return torch.empty(rows if wanted else 0, dtype=torch.float32, device=device)
 
-        return cls(made(True), made(entropy), made(True), made(True), made(True), made(mean), made(hits))
+        return cls(made(True), made(entropy), made(True), made(True), made(True), made(mean), made(hits), made(factors))
 
 
 class Coefficients(NamedTuple):

@@ -152,8 +152,6 @@ def _our_logps(hidden: Tensor, weight: Tensor, targets: Tensor, uniform: bool) -
 def _contenders(inputs: Inputs) -> Mapping[str, Callable[[], Outputs]]:
     found: dict[str, Callable[..., Outputs]] = {
         "pegbox": _ours,
-        "pegbox, in turn": partial(_ours, overlap=False),
-        "pegbox, overlapping": partial(_ours, overlap=True),
         "pegbox, 128 MiB": partial(_ours, logits_bytes=128 << 20),
         "pegbox, logps, uniform": partial(_our_logps, uniform=True),
         "pegbox, logps": partial(_our_logps, uniform=False),
@@ -186,33 +184,39 @@ def _contenders(inputs: Inputs) -> Mapping[str, Callable[[], Outputs]]:
 
 
 def _variants(inputs: Inputs) -> Mapping[str, Callable[[], object]]:
-    """Both kernels on 1024 rows under launch settings around the default; the whole under budgets and overlap."""
+    """One pass on a chunk of a frozen head, two passes and the backward on one of a trained head; whole budgets."""
     from pegbox_kernels.linear_logprob import triton as kernels
-    from pegbox_kernels.linear_logprob.rows import Coefficients, Objective, Rows, Rule
+    from pegbox_kernels.linear_logprob.launch import Launch
+    from pegbox_kernels.linear_logprob.rows import Coefficients, Objective, Rows, Rule, part
 
     hidden, weight, targets = inputs["hidden"], inputs["weight"], inputs["targets"]
-    logits = (hidden[:1024] @ weight.T).contiguous()
-    count = logits.shape[0]
-    rule, rows = Rule(1.0, 0.0, 1.0, -100), Rows.new(count, hidden.device, entropy=False, mean=False, hits=True)
-    ones = torch.ones(count, device=hidden.device)
-    coefficients = Coefficients(*rows[3:5], ones, ones[:0], ones)
+    logits = (hidden[:4096] @ weight.T).contiguous()
+    rule, ones = Rule(1.0, 0.0, 1.0, -100), torch.ones(len(logits), device=hidden.device)
+    made = Rows.new(len(logits), hidden.device, entropy=False, mean=False, hits=True, factors=True)
+    coefficients = Coefficients(made.largest_N, made.log_total_N, ones, ones[:0], ones)
+
+    def forward(count: int, one_pass: bool, *settings: int) -> Callable[[], object]:
+        rows = Rows(*part(made, slice(count)))
+        rows = rows if one_pass else rows._replace(factors_N=ones[:0])
+        arguments = (logits[:count], None, targets[:count], rule, Objective(), rows, True)
+        return partial(kernels.forward, *arguments, launch=Launch(*settings))
+
     found: dict[str, Callable[[], object]] = {}
-    for programs in (32, 48, 66, 99, 132, 264, 528):
-        for warps in (8, 16, 32):
-            for loads in (2, 4):
-                launch = kernels.Launch(warps, loads, programs)
-                name = f"{warps} warps x {loads} loads x {programs}"
-                arguments = (logits, None, targets[:count], rule)
-                found[f"forward  {name}"] = partial(kernels.forward, *arguments, Objective(), rows, True, launch=launch)
-                found[f"backward {name}"] = partial(kernels.backward, *arguments, coefficients, launch=launch)
+    for warps, loads in ((4, 2), (4, 4), (8, 2), (8, 4), (16, 2), (16, 4)):
+        programs = 132 * 64 // warps
+        found[f"once      2048 rows, {warps} x {loads} x {programs}"] = forward(2048, True, warps, loads, programs)
+    for warps, loads, programs in ((16, 4, 65), (16, 4, 99), (16, 4, 132), (16, 2, 132), (32, 2, 99), (32, 2, 132)):
+        found[f"twice     4096 rows, {warps} x {loads} x {programs}"] = forward(4096, False, warps, loads, programs)
+    for warps, loads in ((4, 4), (8, 2), (8, 4), (16, 2)):
+        launch = Launch(warps, loads, 132 * 64 // warps)
+        call = partial(kernels.backward, logits, None, targets[:4096], rule, coefficients, launch=launch)
+        found[f"backward  4096 rows, {warps} x {loads} x {launch.programs}"] = call
     operands = {"hidden": hidden.requires_grad_(), "targets": targets}
-    for trained in (False, True):
-        kind = "trained" if trained else "frozen "
-        for mebibytes in (128, 256, 512, 880, 1640, 3300):
-            for overlap in (False, True):
-                whole = {**operands, "weight": weight.detach().requires_grad_(trained)}
-                call = partial(_ours, **whole, logits_bytes=mebibytes << 20, overlap=overlap)
-                found[f"{kind} {mebibytes} MiB{', overlapping' if overlap else ''}"] = call
+    for trained, budgets in ((False, (128, 440, 880)), (True, (820, 1640))):
+        whole = {**operands, "weight": weight.detach().requires_grad_(trained)}
+        for mebibytes in budgets:
+            name = f"whole     {'trained' if trained else 'frozen'}, {mebibytes} MiB"
+            found[name] = partial(_ours, **whole, logits_bytes=mebibytes << 20)
     return found
 
 

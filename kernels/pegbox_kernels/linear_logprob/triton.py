@@ -2,9 +2,8 @@
 
 A row is one program's: forward reads it once for the online softmax of `logprob` (its running maxima and sums are
 imported), and a second time, from its end to its beginning, to write the gradient where the logits were. The second
-read is to come from the L2 cache: a persistent grid keeps few enough rows under way that all of them fit in half of
-it, and what was read last is read first. Few programs are enough for the memory and leave multiprocessors to the
-matrix products that run beside (`chunks.py`).
+read is to come from the L2 cache: a persistent grid has a program on each multiprocessor and no more, and what was read
+last is read first. Where the loss allows, `one_pass.py` needs no second read.
 
 For a logit x of the projection (the bias is added here, in fp32):
 
@@ -21,118 +20,16 @@ are 64-bit.
 
 from __future__ import annotations
 
-from math import log
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pegbox_kernels.linear_logprob import one_pass
+from pegbox_kernels.linear_logprob.launch import Launch, backward_launch, device_of, forward_launch
 from pegbox_kernels.linear_logprob.rows import Coefficients, Objective, Rows, Rule
+from pegbox_kernels.linear_logprob.tiles import _capped, _logit_of, _read, _slope_of_cap, _write_zeros
 from pegbox_kernels.logprob.triton import LN2, LOG2E, LOWEST, NEVER, _accumulate, _rescaled, _rounded
-
-
-class Launch(NamedTuple):
-    """Warps of a program, 16-byte loads that each thread has in flight, and programs of the grid at most."""
-
-    warps: int
-    loads: int
-    programs: int
-
-    def lanes(self, itemsize: int) -> int:
-        """Columns that the warps of a row read with one load each."""
-        return self.warps * 32 * (16 // itemsize)
-
-
-GRADIENT_WARPS, GRADIENT_LOADS = 16, 4
-"""Two reads and one write: 32 KiB of a row in flight, so that 64 programs cover the latency of an H100's memory."""
-READ_WARPS, READ_LOADS = 8, 4
-"""One read, without a gradient: what `logprob` measured best."""
-BACKWARD_WARPS, BACKWARD_LOADS = 8, 2
-"""One read and one write, as there: many programs with little each."""
-RESIDENT_WARPS = 64
-"""Warps that a multiprocessor holds."""
-
-
-class Device(NamedTuple):
-    """What a launch depends on; the defaults are an H100's, for kernels that are only compiled or interpreted."""
-
-    multiprocessors: int = 132
-    cache_bytes: int = 50 << 20
-
-
-def device_of(tensor: Tensor) -> Device:
-    if not tensor.is_cuda:
-        return Device()
-    found = torch.cuda.get_device_properties(tensor.device)
-    return Device(found.multi_processor_count, found.L2_cache_size)
-
-
-def forward_launch(row_bytes: int, itemsize: int, gradient: bool, device: Device) -> Launch:
-    """With a gradient, rows under way fill half of the L2 cache, on a third of the multiprocessors at least."""
-    if not gradient:
-        return _streaming(READ_WARPS, READ_LOADS, row_bytes // itemsize, itemsize, device)
-    launch = _streaming(GRADIENT_WARPS, GRADIENT_LOADS, row_bytes // itemsize, itemsize, device)
-    cached = max(device.cache_bytes // 2 // row_bytes, device.multiprocessors // 3)
-    return launch._replace(programs=min(cached, launch.programs))
-
-
-def backward_launch(row_bytes: int, itemsize: int, device: Device) -> Launch:
-    """As many programs as fit: nothing is read twice."""
-    return _streaming(BACKWARD_WARPS, BACKWARD_LOADS, row_bytes // itemsize, itemsize, device)
-
-
-def _streaming(warps: int, loads: int, vocab: int, itemsize: int, device: Device) -> Launch:
-    """As many programs as multiprocessors hold; fewer warps for a small vocabulary."""
-    while warps > 1 and Launch(warps, loads, 0).lanes(itemsize) > vocab:
-        warps //= 2
-    return Launch(warps, loads, device.multiprocessors * RESIDENT_WARPS // warps)
-
-
-@triton.jit
-def _tanh(y):
-    """Exact to fp32 rounding: a series where 1 - 2^.. would cancel, (1 - t) / (1 + t) elsewhere."""
-    t = tl.exp2(tl.abs(y) * (-2 * LOG2E))
-    far = (1 - t) / (1 + t)
-    far = tl.where(y < 0, -far, far)
-    q = y * y
-    near = y * (1 + q * (-0.3333333333 + q * (0.1333333333 + q * (-0.0539682540 + q * 0.0218694885))))
-    return tl.where(q < 0.0625, near, far)
-
-
-@triton.jit
-def _capped(x, inner, cap, SOFTCAP: tl.constexpr):
-    if SOFTCAP:
-        x = cap * _tanh(x * inner)
-    return x
-
-
-@triton.jit
-def _read(
-    source,
-    bias,
-    mask,
-    inner,
-    cap,
-    MASKED: tl.constexpr,
-    BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    KEEP: tl.constexpr,
-):
-    """A tile of v; masked elements are -inf. KEEP: it will be read again, leave it in the cache."""
-    EVICT: tl.constexpr = "evict_last" if KEEP else "evict_first"
-    if MASKED:
-        x = tl.load(source, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
-        if BIAS:
-            x += tl.load(bias, mask=mask, other=0.0).to(tl.float32)
-        v = tl.where(mask, _capped(x, inner, cap, SOFTCAP), -float("inf"))
-    else:
-        x = tl.load(source, eviction_policy=EVICT).to(tl.float32)
-        if BIAS:
-            x += tl.load(bias).to(tl.float32)
-        v = _capped(x, inner, cap, SOFTCAP)
-    return v
 
 
 @triton.jit
@@ -160,8 +57,7 @@ def _gradient(
     if SHIFTED:
         grad += at
     if SOFTCAP:
-        t = tl.exp2(tl.abs(x * inner) * (-2 * LOG2E))
-        grad *= 4 * t / ((1 + t) * (1 + t))
+        grad *= _slope_of_cap(x, inner)
     return grad
 
 
@@ -213,23 +109,6 @@ def _write_gradient(
     tl.debug_barrier()
     grad = _gradient(x_t, uniform + at_target, top, log2_s, constant, slope, k, inner, cap, SOFTCAP, ENTROPY, True)
     tl.store(start + target, _rounded(grad, start), mask=(target >= 0) & (target < vocab))
-
-
-@triton.jit
-def _logit_of(start, bias, target, known, BIAS: tl.constexpr):
-    """The target's logit, bias included; NaN if there is no such token."""
-    x = tl.load(start + target, mask=known, other=float("nan")).to(tl.float32)
-    if BIAS:
-        x += tl.load(bias + target, mask=known, other=0.0).to(tl.float32)
-    return x
-
-
-@triton.jit
-def _write_zeros(start, vocab, TILE: tl.constexpr):
-    i = tl.arange(0, TILE)
-    zero = tl.zeros([TILE], start.dtype.element_ty)
-    for offset in range(0, vocab, TILE):
-        tl.store(start + offset + i, zero, mask=offset + i < vocab)
 
 
 @triton.jit
@@ -420,22 +299,28 @@ def forward(
     gradient: bool,
     launch: Launch | None = None,
 ) -> None:
-    """Fill `rows` (slices of R) and, with `gradient`, replace the logits by the gradient of the objective."""
+    """Fill `rows` (slices of R) and, with `gradient`, replace the logits by the gradient of the objective.
+
+    Where `rows` has room for factors, the gradient is what the logits become, times these (`one_pass.py`).
+    """
+    if rows.factors_N.numel():
+        one_pass.forward(logits_RV, bias_V, targets_R, rule, objective, rows, launch)
+        return
     count, vocab = logits_RV.shape
     itemsize = logits_RV.element_size()
     launch = launch or forward_launch(vocab * itemsize, itemsize, gradient, device_of(logits_RV))
     weights = objective.token_weights_N
     with torch.cuda.device_of(logits_RV):
-        forward_kernel[(min(count, launch.programs),)](
+        forward_kernel[launch.grid(count)](
             logits_RV,
             logits_RV if bias_V is None else bias_V,
             targets_R,
             targets_R if weights is None else weights,
-            *rows,
+            *rows[:-1],
             count,
             vocab,
             logits_RV.stride(0),
-            *_scales(rule),
+            *rule.scales,
             objective.factor,
             objective.smoothing,
             objective.z_loss,
@@ -467,7 +352,7 @@ def backward(
     itemsize = logits_RV.element_size()
     launch = launch or backward_launch(vocab * itemsize, itemsize, device_of(logits_RV))
     with torch.cuda.device_of(logits_RV):
-        backward_kernel[(min(count, launch.programs),)](
+        backward_kernel[launch.grid(count)](
             logits_RV,
             logits_RV if bias_V is None else bias_V,
             targets_R,
@@ -475,7 +360,7 @@ def backward(
             count,
             vocab,
             logits_RV.stride(0),
-            *_scales(rule),
+            *rule.scales,
             rule.ignore_index,
             BIAS=bias_V is not None,
             SOFTCAP=rule.softcap > 0,
@@ -497,11 +382,3 @@ def scale(source: Tensor, factors: Tensor, out: Tensor) -> None:
         scale_kernel[(rows, triton.cdiv(columns, block))](
             source, factors, out, columns, factors.stride(0) if factors.ndim else 0, BLOCK=block, num_warps=8
         )
-
-
-def _scales(rule: Rule) -> tuple[float, float, float, float]:
-    """k, inner, cap and share of the kernels."""
-    share = rule.scale / rule.temperature
-    if rule.softcap > 0:
-        return 1 / (rule.temperature * log(2)), rule.scale / rule.softcap, rule.softcap, share
-    return share / log(2), 1.0, 1.0, share

@@ -24,13 +24,9 @@ class CceConfig(Section):
         unit="GiB",
         gt=0,
     )
-    overlap: bool | None = setting(
-        None, "In ours: run softmax beside matrix products; null is where there is enough to do, and never on a CPU."
-    )
 
     @model_validator(mode="after")
     def _fits(self) -> CceConfig:
-        for name in ("logits_gib", "overlap"):
-            if self.implementation != "pegbox" and getattr(self, name) is not None:
-                raise ValueError(f"{name} is for implementation pegbox, not {self.implementation}; remove {name}")
+        if self.implementation != "pegbox" and self.logits_gib is not None:
+            raise ValueError(f"logits_gib is for implementation pegbox, not {self.implementation}; remove logits_gib")
         return self

@@ -92,7 +92,6 @@ def _pegbox(
         entropy_gradient=entropy and expected.entropy_gradient,
         uniform=expected.uniform,
         logits_bytes=None if settings.logits_gib is None else int(settings.logits_gib * 2**30),
-        overlap=settings.overlap,
     )
     return found.logps, found.entropy
 

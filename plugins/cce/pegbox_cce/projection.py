@@ -109,7 +109,9 @@ def _require_floating(weight: Tensor) -> None:
 
 def _require_whole(weight: Tensor) -> None:
     """A sharded weight must have been gathered by now, as fsdp does for what is in no layer."""
-    if type(weight) not in (nn.Parameter, Tensor):
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(weight, DTensor):
         raise ConfigError(
             f"cce is in plugins, and the weight of the head is in shards ({type(weight).__name__}) when it is used",
             "The kernel multiplies by a whole weight.",

@@ -76,8 +76,8 @@ def test_another_librarys_kernel_without_a_gpu_is_refused_before_anything_is_rea
 
 
 def test_settings_of_ours_with_another_implementation_are_refused(tiny_run: TinyRun) -> None:
-    with pytest.raises(UserError, match="overlap is for implementation pegbox, not liger"):
-        compose(tiny_run("never", plugins=("cce",), cce={"implementation": "liger", "overlap": True}))
+    with pytest.raises(UserError, match="logits_gib is for implementation pegbox, not liger"):
+        compose(tiny_run("never", plugins=("cce",), cce={"implementation": "liger", "logits_gib": 1.0}))
 
 
 def test_a_head_that_fsdp_gathers_is_trained_the_same(tiny_run: TinyRun) -> None:
