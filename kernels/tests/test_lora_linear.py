@@ -158,13 +158,17 @@ def test_every_element_of_every_result_is_written(rank: int, device, poison) -> 
     assert not any(tensor.isnan().any() for tensor in found)
 
 
-def test_sums_in_the_kernel_are_those_of_gemms_and_the_same_bits_each_time() -> None:
+def test_sums_in_the_kernel_are_those_of_gemms_and_the_same_bits_each_time(device) -> None:
     from pegbox_kernels.lora_linear import triton as kernels
 
     tokens, width, ranks = 70, 150, (5, 3, 16)
-    normal = [torch.randn(shape) for shape in ((tokens, width),) * 3]
-    p, dp = torch.randn(tokens, ranks[0] + ranks[1]), torch.randn(tokens, ranks[2])
-    small = (p, torch.randn(width, ranks[0]), torch.randn(width, ranks[1]), dp, torch.randn(ranks[2], width))
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device)
+
+    normal = [drawn(tokens, width) for _ in range(3)]
+    p, dp = drawn(tokens, ranks[0] + ranks[1]), drawn(tokens, ranks[2])
+    small = (p, drawn(width, ranks[0]), drawn(width, ranks[1]), dp, drawn(ranks[2], width))
     launch = kernels.Launch(16, 64, 4, chunks=2)
     results = []
     for reduce in (True, True, False):

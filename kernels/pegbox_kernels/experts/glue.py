@@ -1,7 +1,6 @@
 """What lies between the grouped products: gather and project, add a rank, combine, sums over the rows of an expert.
 
-All are bound by memory; README.md counts their bytes. Whatever sums over rows of an expert (the gradients of LoRA
-factors and biases) is cut into a fixed number of shares, written apart and added afterwards in one order: no atomics.
+All are bound by memory; README.md counts their bytes.
 
 Shapes: T tokens, K choices, N = T K sorted rows, E experts, R rank. A row block is ROWS rows of one expert.
 """
@@ -16,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pegbox_kernels.experts.routing import Routing
+from pegbox_kernels.experts.sums import added, shares
 from pegbox_kernels.experts.tiles import (
     blocks_at_most,
     bounds,
@@ -29,12 +29,19 @@ from pegbox_kernels.experts.tiles import (
 
 
 class Launch(NamedTuple):
-    """Rows and columns of a tile, warps, stages of the pipeline."""
+    """Rows and columns of a tile, warps, stages of the pipeline; registers of a thread at most (0: as it takes)."""
 
     rows: int
     columns: int
     warps: int = 4
     stages: int = 3
+    registers: int = 0
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Triton is told of it; AMD's compiler knows no bound of registers."""
+        bound = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.warps, "num_stages": self.stages, **bound}
 
 
 LAUNCHES = {
@@ -57,11 +64,6 @@ def launch_for(kernel: str, rank: int = 16, itemsize: int = 2) -> Launch:
     if kernel == "activate_backward" and (padded > 32 or itemsize == 4):
         launch = launch._replace(rows=16, columns=min(launch.columns, 32))
     return launch
-
-
-def shares(experts: int) -> int:
-    """In how many parts the rows of an expert are summed: many programs with few experts, few sums with many."""
-    return max(1, min(4, 128 // experts))
 
 
 @triton.jit
@@ -102,7 +104,8 @@ def project_kernel(
     source = source.to(tl.int64) * x_stride
     r = tl.arange(0, RANK)
     acc = tl.zeros([ROWS, RANK], tl.float32)
-    dot = tl.zeros([ROWS], tl.float32)
+    # Eight columns lie in one thread: only the last sum passes between threads.
+    dot = tl.zeros([ROWS, COLUMNS // 8], tl.float32)
     for begin in range(0, size, COLUMNS):
         column = begin + tl.arange(0, COLUMNS)
         mask = inside[:, None] & (column < size)[None, :]
@@ -116,13 +119,14 @@ def project_kernel(
             acc = product(tile, f, acc, PRECISION)
         if DOT:
             b = tl.load(bias + expert.to(tl.int64) * size + column, mask=column < size, other=0.0)
-            dot += tl.sum(tile.to(tl.float32) * b.to(tl.float32)[None, :], 1)
+            part = tile.to(tl.float32) * b.to(tl.float32)[None, :]
+            dot += tl.sum(tl.reshape(part, [ROWS, COLUMNS // 8, 8]), 2)
     if PROJECT:
         place = projected + row.to(tl.int64)[:, None] * rank + r[None, :]
         value = rounded(acc * scale, projected.dtype.element_ty)
         tl.store(place, value, mask=inside[:, None] & (r < rank)[None, :])
     if DOT:
-        tl.store(dots + row, dot, mask=inside)
+        tl.store(dots + row, tl.sum(dot, 1), mask=inside)
 
 
 def project(
@@ -181,8 +185,7 @@ def project(
                 RANK=padded_rank(rank),
                 ROWS=launch.rows,
                 COLUMNS=launch.columns,
-                num_warps=launch.warps,
-                num_stages=launch.stages,
+                **launch.options,
             )
     return projected, gathered, dots
 
@@ -243,8 +246,7 @@ def add_rank(y: Tensor, projected: Tensor, factor: Tensor, routing: Routing, lau
                 RANK=padded_rank(factor.shape[2]),
                 ROWS=launch.rows,
                 COLUMNS=launch.columns,
-                num_warps=launch.warps,
-                num_stages=launch.stages,
+                **launch.options,
             )
 
 
@@ -325,16 +327,20 @@ def gram_kernel(
     rank,
     top_k,
     x_stride,
+    gram_rank,
+    gram_column,
     GATHER: tl.constexpr,
     WEIGHTED: tl.constexpr,
     PROJECTED: tl.constexpr,
     SUM: tl.constexpr,
     PRECISION: tl.constexpr,
+    EVEN: tl.constexpr,
     RANK: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """Share s of expert e: rows [s, s + 1) of the expert's, cut evenly; grams (S, E, R, C), sums (S, E, C)."""
+    """Share s of expert e: rows [s, s + 1) of the expert's, cut evenly; grams (S, E, R, C) or (S, E, C, R)."""
     expert = tl.program_id(1).to(tl.int64)
     share = tl.program_id(2)
     begin, end = bounds(offsets, expert)
@@ -345,29 +351,26 @@ def gram_kernel(
     r = tl.arange(0, RANK)
     acc = tl.zeros([RANK, COLUMNS], tl.float32)
     total = tl.zeros([COLUMNS], tl.float32)
-    for first in range(begin, end, ROWS):
-        row = first + tl.arange(0, ROWS)
-        inside = row < end
-        choice = tl.load(order + row, mask=inside, other=0) if GATHER or WEIGHTED else row
-        source = (choice // top_k if GATHER else row).to(tl.int64) * x_stride
-        mask = inside[:, None] & (column < size)[None, :]
-        tile = tl.load(x + source[:, None] + column[None, :], mask=mask, other=0.0)
-        weight = tl.load(weights + choice, mask=inside, other=0.0).to(tl.float32) if WEIGHTED else 1.0
+    for first in tl.range(begin, end, ROWS, num_stages=STAGES):
+        inside = first + tl.arange(0, ROWS) < end
+        # Rows past the end read its last one, times zero.
+        row = tl.minimum(first + tl.arange(0, ROWS), end - 1)
+        source = (tl.load(order + row) // top_k if GATHER else row).to(tl.int64) * x_stride
+        at = x + source[:, None] + column[None, :]
+        tile = tl.load(at) if EVEN else tl.load(at, mask=(column < size)[None, :], other=0.0)
+        weight = tl.where(inside, tl.load(weights + row) if WEIGHTED else 1.0, 0.0)
         if PROJECTED:
             at = projected + row.to(tl.int64)[None, :] * rank + r[:, None]
-            p = tl.load(at, mask=inside[None, :] & (r < rank)[:, None], other=0.0)
-            if WEIGHTED:
-                p = rounded(p.to(tl.float32) * weight[None, :], p.dtype)
+            p = tl.load(at, mask=(r < rank)[:, None], other=0.0)
+            p = rounded(p.to(tl.float32) * weight[None, :], p.dtype)
             acc = product(p, tile, acc, PRECISION)
         if SUM:
-            value = tile.to(tl.float32)
-            if WEIGHTED:
-                value *= weight[:, None]
-            total += tl.sum(value, 0)
+            total += tl.sum(tile.to(tl.float32) * weight[:, None], 0)
     place = (share.to(tl.int64) * experts + expert) * size
     if PROJECTED:
         inside = (r < rank)[:, None] & (column < size)[None, :]
-        tl.store(grams + place * rank + r.to(tl.int64)[:, None] * size + column[None, :], acc, mask=inside)
+        at = grams + place * rank + r.to(tl.int64)[:, None] * gram_rank + column.to(tl.int64)[None, :] * gram_column
+        tl.store(at, acc, mask=inside)
     if SUM:
         tl.store(sums + place + column, total, mask=column < size)
 
@@ -380,21 +383,24 @@ def gram(
     projected: Tensor | None = None,
     weights: Tensor | None = None,
     summed: bool = False,
+    transposed: bool = False,
     launch: Launch | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Sums over the rows of each expert: of projected (N, R), transposed, times x, and of x itself.
 
     Args:
         x: (T, C) if `top_k` (rows are gathered), else (N, C) sorted.
-        weights: (T, K) router weights, which multiply the rows.
+        weights: (N,) sorted router weights, fp32, which multiply the rows.
         summed: also sum the rows of x.
+        transposed: (E, C, R) for (E, R, C).
 
     Returns:
-        (E, R, C) and (E, C), fp32, or None; zero for an expert without rows.
+        (E, R, C) in the dtype of x and (E, C) in fp32, or None; zero for an expert without rows.
     """
     experts, size = routing.offsets_E.numel(), x.shape[1]
     rank, parts = 1 if projected is None else projected.shape[1], shares(experts)
-    grams = None if projected is None else x.new_empty((parts, experts, rank, size), dtype=torch.float32)
+    shape = (parts, experts, size, rank) if transposed else (parts, experts, rank, size)
+    grams = None if projected is None else x.new_empty(shape, dtype=torch.float32)
     sums = x.new_empty((parts, experts, size), dtype=torch.float32) if summed else None
     launch = launch or launch_for("gram", rank)
     with torch.cuda.device_of(x):
@@ -411,22 +417,17 @@ def gram(
             rank,
             top_k or 1,
             x.stride(0),
+            *((1, rank) if transposed else (size, 1)),
             GATHER=top_k is not None,
             WEIGHTED=weights is not None,
             PROJECTED=projected is not None,
             SUM=summed,
             PRECISION=precision(x),
+            EVEN=size % launch.columns == 0,
             RANK=padded_rank(rank),
             ROWS=launch.rows,
             COLUMNS=launch.columns,
-            num_warps=launch.warps,
-            num_stages=launch.stages,
+            STAGES=launch.stages,
+            **launch.options,
         )
-    return added(grams), added(sums)
-
-
-def added(partial: Tensor | None) -> Tensor | None:
-    """The sum of the shares, always in the same order."""
-    if partial is None:
-        return None
-    return partial[0] if partial.shape[0] == 1 else partial.sum(0)
+    return added(grams, x.dtype), added(sums, torch.float32)

@@ -84,11 +84,15 @@ def _(*arguments):  # type: ignore[no-untyped-def]
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.options = inputs[TENSORS:-1]
     ctx.mark_non_differentiable(*output[1:])
+    # Else each backward would fill a gradient of zeros as large as z, for nobody.
+    ctx.set_materialize_grads(False)
     ctx.given = [tensor is not None for tensor in inputs[:TENSORS]]
     ctx.save_for_backward(*(t for t in inputs[:TENSORS] if t is not None), *output[1:])
 
 
 def _differentiate(ctx, grad, *_):  # type: ignore[no-untyped-def]
+    if grad is None:
+        return (None,) * (TENSORS + len(ctx.options) + 1)
     saved = list(ctx.saved_tensors)
     tensors = [saved.pop(0) if given else None for given in ctx.given]
     needs = ctx.needs_input_grad

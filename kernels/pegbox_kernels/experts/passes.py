@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pegbox_kernels.experts import activation, glue, grouped
+from pegbox_kernels.dispatch import is_for_gpu
+from pegbox_kernels.experts import activation, activation_backward, glue, grouped, sums
 from pegbox_kernels.experts.grouped import Gate
 from pegbox_kernels.experts.routing import Routing
 from pegbox_kernels.mxfp4 import triton as mxfp4
@@ -54,7 +55,7 @@ def provider(base: str, hidden: Tensor, weights: tuple[Weight, Weight]) -> group
         return "triton"
     reason = grouped.why_not_grouped_mm(hidden, tuple(weight.shape_by_input(hidden.dtype) for weight in weights))
     if base == "auto":
-        return "grouped_mm" if reason is None and hidden.is_cuda else "triton"
+        return "grouped_mm" if reason is None and is_for_gpu(hidden) else "triton"
     if reason is not None:
         raise ValueError(f"base='grouped_mm': {reason}. Use base='auto' or base='triton'.")
     return "grouped_mm"
@@ -184,19 +185,18 @@ def backward(layer: Layer, saved: Saved, grad_TH: Tensor, needed: Needed) -> Gra
         assert middle.weighted_h is not None
         found = found._replace(down=_down_gradient(layer, middle.weighted_h, grad_TH, gathered))
     del gathered
-    dtype = layer.hidden_TH.dtype
     if needed.gate_up_bias and middle.dbias is not None and layer.gate_up_bias is not None:
         found = found._replace(gate_up_bias=middle.dbias.to(layer.gate_up_bias.dtype))
     if needed.lora_gate_up and middle.db_in is not None:
-        found = found._replace(gate_up_b=middle.db_in.to(dtype))
+        found = found._replace(gate_up_b=middle.db_in)
     if needed.lora_down and middle.da_out is not None:
-        found = found._replace(down_a=middle.da_out.to(dtype))
+        found = found._replace(down_a=middle.da_out)
     return _through_gate_up(layer, middle.dz, needed, found)
 
 
 def _through_down(
     layer: Layer, saved: Saved, grad_TH: Tensor, needed: Needed
-) -> tuple[Gradients, activation.Gradients, Tensor | None]:
+) -> tuple[Gradients, activation_backward.Gradients, Tensor | None]:
     """Gradients from the second product, from the activation, and the gathered rows of the incoming one, if made."""
     routing, top_k, lora = layer.routing, layer.top_k, layer.lora_down
     bias = layer.down_bias if needed.weights else None
@@ -206,18 +206,19 @@ def _through_down(
         projected, gathered, dots = glue.project(
             grad_TH, routing, top_k=top_k, factor=factor, scale=scale, write=not layer.ours, bias=bias
         )
-    found = Gradients()
+    found, weights_N = Gradients(), sums.sorted_weights(layer.weights_TK, routing)
     if needed.lora_down or needed.down_bias:
         db, dbias = glue.gram(
             grad_TH,
             routing,
             top_k=top_k,
             projected=saved.projected_h if needed.lora_down else None,
-            weights=layer.weights_TK,
+            weights=weights_N,
             summed=needed.down_bias,
+            transposed=True,
         )
         if db is not None:
-            found = found._replace(down_b=db.transpose(1, 2).to(grad_TH.dtype).contiguous())
+            found = found._replace(down_b=db)
         if dbias is not None and layer.down_bias is not None:
             found = found._replace(down_bias=dbias.to(layer.down_bias.dtype))
     weight = layer.down.by_input(grad_TH.dtype).transpose(1, 2)
@@ -229,10 +230,10 @@ def _through_down(
     kept = gathered if needed.down else None
     del weight, gathered
     up = layer.lora_gate_up
-    middle = activation.backward(
+    middle = activation_backward.backward(
         saved.z,
         u,
-        layer.weights_TK,
+        weights_N,
         routing,
         layer.gate,
         bias=layer.gate_up_bias,
@@ -243,7 +244,9 @@ def _through_down(
         summed=needed.gate_up_bias,
     )
     if needed.weights:
-        found = found._replace(weights=activation.weight_gradient(middle.dots, dots, routing, layer.weights_TK))
+        found = found._replace(
+            weights=activation_backward.weight_gradient(middle.dots, dots, routing, layer.weights_TK)
+        )
     return found, middle, kept
 
 
@@ -254,8 +257,7 @@ def _through_gate_up(layer: Layer, dz: Tensor, needed: Needed, found: Gradients)
         projected, _, _ = glue.project(dz, routing, factor=lora.b.transpose(1, 2), scale=lora.scale)
     if needed.lora_gate_up and projected is not None:
         da, _ = glue.gram(x, routing, top_k=top_k, projected=projected)
-        assert da is not None
-        found = found._replace(gate_up_a=da.to(x.dtype))
+        found = found._replace(gate_up_a=da)
     if needed.gate_up:
         found = found._replace(gate_up=_gate_up_gradient(layer, dz))
     if not needed.hidden:

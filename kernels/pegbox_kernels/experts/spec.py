@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -120,8 +119,15 @@ def _reference(base: str = "auto", **inputs: Any) -> Outputs:
     return (reference.moe_experts(*given, **_options(inputs), **loras),)
 
 
+def _without_grouped_mm(dtype: torch.dtype, device: torch.device) -> str | None:
+    from pegbox_kernels.experts.grouped import why_not_grouped_mm
+
+    return why_not_grouped_mm(torch.empty(0, dtype=dtype, device=device), ())
+
+
 def _sample(name: str, shape: Shape, frozen: tuple[str, ...] = ()) -> Sample:
-    return Sample(name=name, make=_make(shape), frozen=frozen)
+    asked = {"unfit": _without_grouped_mm} if shape.base == "grouped_mm" else {}
+    return Sample(name=name, make=_make(shape), frozen=frozen, **asked)
 
 
 SAMPLES = (
@@ -231,64 +237,91 @@ def _peft(module: Any, inputs: Inputs) -> Outputs:
             setattr(module, name, weight)
 
 
+TILES: dict[str, tuple[tuple[int, ...], ...]] = {
+    "project": ((32, 128), (32, 256), (16, 256), (64, 64, 4, 4), (64, 128), (32, 128, 4, 4)),
+    "project_grad": ((32, 128), (32, 128, 4, 3, 64), (16, 256), (64, 64, 4, 4), (64, 128), (16, 128)),
+    "project_z": ((32, 128), (32, 256), (16, 256), (64, 64, 4, 4), (64, 128), (32, 128, 4, 4)),
+    "activate": ((64, 32), (64, 32, 4, 2), (64, 32, 4, 4), (64, 64), (64, 64, 4, 2), (32, 64)),
+    "activate_backward": ((32, 64), (32, 64, 4, 2, 168), (64, 32), (64, 32, 4, 2, 168), (16, 64), (32, 32)),
+    "add": ((64, 128, 4, 1), (64, 256, 8, 1), (32, 128, 4, 1), (64, 64, 4, 1), (32, 256, 4, 1), (128, 128, 8, 1)),
+    "gram": ((64, 128), (64, 64), (32, 128), (64, 128, 8), (64, 128, 4, 4), (128, 64)),
+    "combine": ((1, 1024), (1, 1024, 2), (1, 512, 2), (1, 2048), (1, 2048, 8), (1, 4096, 8)),
+}
+"""What a sweep tries of each kernel: rows, columns, warps, stages, registers; few, for each is compiled."""
+PRODUCTS = (
+    *((128, 256, 64, 8, 8, 3, 0), (128, 256, 64, 8, 8, 4, 0), (128, 256, 64, 8, 8, 4, 1)),
+    *((128, 128, 64, 8, 8, 4, 0), (128, 128, 64, 8, 4, 3, 0), (128, 256, 64, 16, 8, 4, 0)),
+)
+
+
 def _variants(inputs: Inputs) -> Mapping[str, Callable[[], object]]:
     """Kernels under launch settings around the default, each by itself on rows of the workload's routing."""
-    from pegbox_kernels.experts import activation, glue, grouped
+    from pegbox_kernels.experts import glue, grouped
     from pegbox_kernels.experts.routing import Routing
     from pegbox_kernels.mxfp4 import triton as unpack
 
     hidden, chosen = inputs["hidden"], inputs["chosen"]
-    top_k, experts, inner = chosen.shape[1], inputs["gate_up"].shape[0], inputs["down"].shape[1]
-    routing, rows = Routing.of(chosen, experts), chosen.numel()
+    experts, width, inner = inputs["gate_up"].shape[0], hidden.shape[1], inputs["down"].shape[1]
+    routing, found = Routing.of(chosen, experts), {}
+    for name, case in _kernels(inputs, routing).items():
+        for tile in TILES[name]:
+            launch = glue.Launch(*tile)
+            bound = f", {launch.registers} registers" if launch.registers else ""
+            key = f"{name} {launch.rows}x{launch.columns}, {launch.warps} warps, {launch.stages} stages{bound}"
+            found[key] = partial(case, launch=launch)
+    if isinstance(inputs["gate_up"], PackedMxfp4):
+        blocks = torch.zeros((experts, 2 * inner, width // 32, 16), dtype=torch.uint8, device=hidden.device)
+        scales = torch.full(blocks.shape[:-1], 120, dtype=torch.uint8, device=hidden.device)
+        for count, warps in ((64, 4), (128, 4), (256, 4), (128, 8), (256, 8)):
+            case = partial(unpack.dequantize, blocks, scales, hidden.dtype, launch=unpack.Launch(count, warps))
+            found[f"unpack {count} blocks, {warps} warps"] = case
+        return found
+    pair = _ranks(inputs, chosen.numel())
+    product = partial(grouped.multiply, hidden, inputs["gate_up"], routing, top_k=chosen.shape[1])
+    for rows, columns, depth, group, warps, stages, resident in PRODUCTS:
+        tiles = grouped.Launch(rows, columns, depth, group, warps, stages, resident)
+        name = f"product {rows}x{columns}x{depth}, group {group}, {warps} warps, {stages} stages, resident {resident}"
+        found[name] = partial(product, lora=(pair, inputs["gate_up_b"]) if pair is not None else None, launch=tiles)
+    return found
+
+
+def _ranks(inputs: Inputs, rows: int) -> Tensor | None:
+    """Projections (N, R), if the workload has LoRA."""
+    a = inputs["gate_up_a"]
+    return None if a is None else inputs["hidden"].new_empty((rows, a.shape[1])).normal_()
+
+
+def _kernels(inputs: Inputs, routing: Any) -> dict[str, Callable[..., object]]:
+    """Each kernel between the products, as the workload calls it with torch's grouped_mm; `launch` is left out."""
+    from pegbox_kernels.experts import activation, activation_backward, glue, grouped, sums
+
+    hidden, chosen, rows = inputs["hidden"], inputs["chosen"], inputs["chosen"].numel()
+    top_k, inner = chosen.shape[1], inputs["down"].shape[1]
     z, h, y = (hidden.new_empty((rows, n)).normal_() for n in (2 * inner, inner, hidden.shape[1]))
-    rank = 16 if inputs["gate_up_a"] is None else inputs["gate_up_a"].shape[1]
-    low = hidden.new_empty((rows, rank)).normal_()
-    factor = SimpleNamespace(
-        a=hidden.new_empty((experts, rank, hidden.shape[1])).normal_(),
-        b=hidden.new_empty((experts, 2 * inner, rank)).normal_(),
-        a_down=hidden.new_empty((experts, rank, inner)).normal_(),
-        b_down=hidden.new_empty((experts, hidden.shape[1], rank)).normal_(),
-    )
-    blocks = torch.zeros((experts, 2 * inner, hidden.shape[1] // 32, 16), dtype=torch.uint8, device=hidden.device)
-    scales = torch.full(blocks.shape[:-1], 120, dtype=torch.uint8, device=hidden.device)
     gate = grouped.Gate(inputs["activation"], inputs["interleaved"], 1.702, 7.0)
-    lora_in, lora_out = (low, factor.b), (low, factor.a_down)
-    bias, weights = inputs["gate_up_bias"], inputs["weights"]
-    forward = partial(
-        activation.forward, z, routing, gate, bias=bias, lora_in=lora_in, a_out=factor.a_down, scale_out=2.0
+    weights = sums.sorted_weights(inputs["weights"], routing)
+    bias, down_bias, low = inputs["gate_up_bias"], inputs["down_bias"], _ranks(inputs, rows)
+    a, b, a_down, b_down = (inputs[name] for name in FACTORS)
+    lora_in, lora_out = (None, None) if low is None else ((low, b), (low, a_down))
+    backward = partial(
+        activation_backward.backward, z, h, weights, routing, gate, bias=bias, lora_in=lora_in, lora_out=lora_out
     )
-    backward = partial(activation.backward, z, h, weights, routing, gate, bias=bias, lora_in=lora_in, lora_out=lora_out)
-    found: dict[str, Callable[[], object]] = {}
-    for count in (64, 128, 256):
-        for warps in (4, 8):
-            launch = unpack.Launch(count, warps)
-            found[f"unpack {count} blocks {warps} warps"] = partial(
-                unpack.dequantize, blocks, scales, hidden.dtype, launch=launch
-            )
-    cases: dict[str, Callable[..., object]] = {
-        "project": partial(glue.project, hidden, routing, top_k=top_k, factor=factor.a, write=True),
-        "project_z": partial(glue.project, z, routing, factor=factor.b.transpose(1, 2)),
-        "activate": forward,
+    grad = partial(glue.project, hidden, routing, top_k=top_k, write=True, bias=down_bias)
+    found: dict[str, Callable[..., object]] = {
+        "project": partial(glue.project, hidden, routing, top_k=top_k, factor=a, write=True),
+        "project_grad": partial(grad, factor=None if low is None else b_down.transpose(1, 2)),
+        "activate": partial(
+            activation.forward, z, routing, gate, bias=bias, lora_in=lora_in, a_out=a_down, scale_out=SCALE
+        ),
         "activate_backward": partial(backward, added_already=False, write_h=False, summed=False),
-        "add": partial(glue.add_rank, y, low, factor.b_down, routing),
-        "gram": partial(glue.gram, hidden, routing, top_k=top_k, projected=low, weights=weights),
+        "combine": partial(glue.combine, y, routing, top_k, inputs["weights"], down_bias, chosen),
     }
-    for columns in (512, 1024, 2048):
-        for warps in (2, 4, 8):
-            found[f"combine {columns} columns x {warps} warps"] = partial(
-                glue.combine, y, routing, top_k, weights, inputs["down_bias"], chosen, glue.Launch(1, columns, warps)
-            )
-    for name, case in cases.items():
-        for tile in ((16, 128), (32, 64), (32, 128), (64, 64), (64, 128)):
-            for warps in (4, 8):
-                launch = glue.Launch(*tile, warps, 3)
-                found[f"{name} {tile[0]}x{tile[1]} {warps} warps"] = partial(case, launch=launch)
-    product = partial(grouped.multiply, hidden, inputs["gate_up"], routing, top_k=top_k)
-    for tile in ((128, 256, 64, 8, 8, 3), (128, 256, 64, 8, 8, 4), (128, 128, 64, 8, 8, 4), (128, 128, 64, 8, 4, 3)):
-        for resident in (0, 1):
-            launch = grouped.Launch(*tile, resident)
-            name = f"product {tile[0]}x{tile[1]}x{tile[2]} {tile[4]} warps {tile[5]} stages resident {resident}"
-            found[name] = partial(product, lora=lora_in, launch=launch)
+    if low is not None:
+        found |= {
+            "project_z": partial(glue.project, z, routing, factor=b.transpose(1, 2)),
+            "add": partial(glue.add_rank, y, low, b_down, routing),
+            "gram": partial(glue.gram, hidden, routing, top_k=top_k, projected=low, weights=weights, transposed=True),
+        }
     return found
 
 

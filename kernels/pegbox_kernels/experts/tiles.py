@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import is_cuda
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -85,61 +86,107 @@ def rounded(value, dtype: tl.constexpr):
 
 
 @triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)) in two instructions of the special function unit; plain division guards numbers near 2^126."""
+    if INTERPRETED:
+        return tl.sigmoid(x)
+    if is_cuda():
+        return tl.inline_asm_elementwise(
+            """{
+                .reg .f32 t;
+                mul.f32 t, $1, 0fBFB8AA3B;
+                ex2.approx.ftz.f32 t, t;
+                add.f32 t, t, 0f3F800000;
+                rcp.approx.ftz.f32 $0, t;
+                }""",
+            "=f,f",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    return tl.sigmoid(x)
+
+
+@triton.jit
+def _at_most(x, limit):
+    """The smaller one; NaN stays."""
+    return tl.minimum(x, limit, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _between(x, limit):
+    return tl.maximum(_at_most(x, limit), -limit, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def gated(gate, up, alpha, limit, GPT_OSS: tl.constexpr):
     """h of the equations in reference.py."""
     if GPT_OSS:
-        g = tl.where(gate > limit, limit, gate)
-        u = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-        return (u + 1) * g * tl.sigmoid(alpha * g)
-    return gate * tl.sigmoid(gate) * up
+        g = _at_most(gate, limit)
+        return (_between(up, limit) + 1) * g * sigmoid(alpha * g)
+    return gate * sigmoid(gate) * up
 
 
 @triton.jit
 def gated_gradient(gate, up, alpha, limit, GPT_OSS: tl.constexpr):
     """h, dh / dgate, dh / dup."""
     if GPT_OSS:
-        g = tl.where(gate > limit, limit, gate)
-        u = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up)) + 1
-        sigma = tl.sigmoid(alpha * g)
+        g = _at_most(gate, limit)
+        u = _between(up, limit) + 1
+        sigma = sigmoid(alpha * g)
         glu = g * sigma
         d_gate = tl.where(gate > limit, 0.0, u * (sigma + alpha * glu * (1 - sigma)))
-        d_up = tl.where((up > limit) | (up < -limit), 0.0, glu)
+        d_up = tl.where(tl.abs(up) > limit, 0.0, glu)
         return u * glu, d_gate, d_up
-    sigma = tl.sigmoid(gate)
+    sigma = sigmoid(gate)
     silu = gate * sigma
     return silu * up, up * (sigma + silu * (1 - sigma)), silu
 
 
 @triton.jit
-def load_pair(row_pointer, column, size, inside, INTERLEAVED: tl.constexpr, COLUMNS: tl.constexpr):
+def load_pair(row_pointer, column, size, INTERLEAVED: tl.constexpr, EVEN: tl.constexpr, COLUMNS: tl.constexpr):
     """Gate and up of COLUMNS columns from `column` on, fp32, from rows of 2 size numbers.
 
-    `row_pointer` (ROWS,) points at their beginnings; `inside` (ROWS,) is false for rows not to be read.
+    `row_pointer` (ROWS,) points at their beginnings, all of which may be read. EVEN: no column is past the end.
     """
     if INTERLEAVED:
         j = 2 * column + tl.arange(0, 2 * COLUMNS)
-        both = tl.load(row_pointer[:, None] + j[None, :], mask=inside[:, None] & (j < 2 * size)[None, :], other=0.0)
+        place = row_pointer[:, None] + j[None, :]
+        both = tl.load(place) if EVEN else tl.load(place, mask=(j < 2 * size)[None, :], other=0.0)
         gate, up = tl.split(tl.reshape(both.to(tl.float32), [both.shape[0], COLUMNS, 2]))
     else:
         i = column + tl.arange(0, COLUMNS)
-        mask = inside[:, None] & (i < size)[None, :]
-        gate = tl.load(row_pointer[:, None] + i[None, :], mask=mask, other=0.0).to(tl.float32)
-        up = tl.load(row_pointer[:, None] + size + i[None, :], mask=mask, other=0.0).to(tl.float32)
+        place = row_pointer[:, None] + i[None, :]
+        mask = (i < size)[None, :]
+        gate = (tl.load(place) if EVEN else tl.load(place, mask=mask, other=0.0)).to(tl.float32)
+        up = (tl.load(place + size) if EVEN else tl.load(place + size, mask=mask, other=0.0)).to(tl.float32)
     return gate, up
 
 
 @triton.jit
-def store_pair(row_pointer, gate, up, column, size, inside, INTERLEAVED: tl.constexpr, COLUMNS: tl.constexpr):
-    """What `load_pair` reads."""
+def store_pair(
+    row_pointer,
+    gate,
+    up,
+    column,
+    size,
+    inside,
+    INTERLEAVED: tl.constexpr,
+    EVEN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """What `load_pair` reads, of rows that are `inside` (ROWS,)."""
     dtype: tl.constexpr = row_pointer.dtype.element_ty
     gate = rounded(gate, dtype)
     up = rounded(up, dtype)
     if INTERLEAVED:
         j = 2 * column + tl.arange(0, 2 * COLUMNS)
+        mask = inside[:, None] if EVEN else inside[:, None] & (j < 2 * size)[None, :]
         both = tl.reshape(tl.join(gate, up), [gate.shape[0], 2 * COLUMNS])
-        tl.store(row_pointer[:, None] + j[None, :], both, mask=inside[:, None] & (j < 2 * size)[None, :])
+        tl.store(row_pointer[:, None] + j[None, :], both, mask=mask)
     else:
         i = column + tl.arange(0, COLUMNS)
-        mask = inside[:, None] & (i < size)[None, :]
+        mask = inside[:, None] if EVEN else inside[:, None] & (i < size)[None, :]
         tl.store(row_pointer[:, None] + i[None, :], gate, mask=mask)
         tl.store(row_pointer[:, None] + size + i[None, :], up, mask=mask)

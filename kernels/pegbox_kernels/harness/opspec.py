@@ -17,18 +17,40 @@ from torch import Tensor
 Inputs: TypeAlias = dict[str, Any]
 Outputs: TypeAlias = tuple[Tensor | None, ...]
 Make: TypeAlias = Callable[[torch.dtype, torch.device], Inputs]
+Unfit: TypeAlias = Callable[[torch.dtype, torch.device], str | None]
+
+
+def _always_fit(dtype: torch.dtype, device: torch.device) -> str | None:
+    return None
+
+
+def short_of_memory(needed_bytes: int, device: torch.device) -> str | None:
+    """For `Sample.unfit`: why tensors of this size are not made on a GPU now (others may use it too); None if they are.
+
+    Memory of the host counts as there: a page that nobody touches takes none of it.
+    """
+    if device.type != "cuda":
+        return None
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    free_bytes += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    margin = 2**30
+    if free_bytes >= needed_bytes + margin:
+        return None
+    return f"{needed_bytes / 2**30:.1f} GiB are needed and {free_bytes / 2**30:.1f} GiB of the GPU are free"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """Small inputs that parity compares on; `make` is seeded, so that it gives the same values each time.
 
-    `frozen` names differentiable inputs that have no gradient here.
+    `frozen` names differentiable inputs that have no gradient here. `unfit` says why the sample cannot be computed in
+    a dtype on a device, or None; it is asked before anything is made.
     """
 
     name: str
     make: Make
     frozen: tuple[str, ...] = ()
+    unfit: Unfit = _always_fit
 
 
 @dataclass(frozen=True, kw_only=True)

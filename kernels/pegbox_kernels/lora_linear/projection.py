@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pegbox_kernels.dispatch import is_for_gpu
+
 Weight = Tensor | Callable[[], Tensor]
 
 
@@ -128,6 +130,6 @@ def mm_wide(one: Tensor, other: Tensor) -> Tensor:
     """Their product summed and returned in fp32 (fp64 of fp64)."""
     if one.dtype in (torch.float32, torch.float64):
         return one @ other
-    if one.is_cuda:
+    if is_for_gpu(one):
         return torch.mm(one, other, out_dtype=torch.float32)
     return one.float() @ other.float()
