@@ -1,91 +1,38 @@
 """Measures a whole training step of full-size models on one GPU, beside TRL in the same run.
 
-    python tests/benchmarks/gpu_step.py [CASE ...] [--contenders NAME ...] [--results CSV]
+    python tests/benchmarks/gpu_step.py [CASE ...] [--contenders NAME ...] [--results CSV] [--profile N] [--tiny]
 
 Models have the published shapes and random bf16 weights, made on the GPU; rows are random tokens of one length, all of
-them trained. Every contender is a process of its own. It takes twelve steps and waits for the device after each; the
-median of the last eight counts. LoRA has rank 16. TRL runs as its users run it: gradient checkpointing, Liger kernels
-and the fastest attention that is installed. Losses of a case must agree: both begin at the same weights.
+them trained. Every contender is a process of its own. It waits for the device after each step; the median of those
+after the first four counts. LoRA has rank 16. TRL runs as its users run it: gradient checkpointing, Liger kernels and
+the fastest attention that is installed; its router loss is off, as ours is. Losses of a case must agree: both begin at
+the same weights. What a contender writes goes to a log beside the results. `--profile N` prints the N kernels that take
+most of a step and the part of it in which the GPU does nothing. `--tiny` has two small layers, so that everything can
+be tried in a minute; without a GPU it leaves out what needs one.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import importlib
 import json
+import logging
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-STEPS, TIMED, RANK = 12, 8, 16
-SAME_LOSS = 0.05
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
-EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+from children import Failed, answer
+from step_cases import CASES, Case, filled, shrunk
+from step_watch import STEPS, WARM_UP, Watch, device
 
-
-@dataclass(frozen=True)
-class Case:
-    """One model, its adapters, and the rows of a step."""
-
-    config: str
-    fields: Mapping[str, Any]
-    lora: Mapping[str, Any]
-    rows: int
-    length: int
-    ours: Mapping[str, Mapping[str, Any]]
-
-
-LLAMA_8B = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-    "pad_token_id": 0,
-}
-GPT_OSS_20B = {"num_local_experts": 32, "num_hidden_layers": 24, "pad_token_id": 0}
-DENSE = {
-    "cce": {},
-    "lora-kernels": {},
-    "fused": {"mlp": False, "rope": True},
-    "activations": {"policy": "auto"},
-}
-SPARSE = {
-    "gpt-oss-attention": {},
-    "cce": {},
-    "scattermoe": {},
-    "fused": {"experts": False, "rope": True},
-    "activations": {"policy": "auto"},
-}
-SINKS = Case("GptOssConfig", GPT_OSS_20B, {"target_modules": ATTENTION}, 1, 8192, SPARSE)
-CASES = {
-    "llama-8b, all linear": Case("LlamaConfig", LLAMA_8B, {"target_modules": "all-linear"}, 2, 4096, DENSE),
-    "gpt-oss-20b, attention": SINKS,
-    "gpt-oss-20b, attention, 16k": replace(SINKS, length=16384),
-    "gpt-oss-20b, attention and experts": replace(
-        SINKS, lora={"target_modules": ATTENTION, "target_parameters": EXPERTS}
-    ),
-}
-
-
-@dataclass
-class Measured:
-    """What a contender found."""
-
-    seconds: list[float] = field(default_factory=list)
-    loss: float = float("nan")
-    peak_bytes: int = 0
-    reserved_bytes: int = 0
+RANK, SAME_LOSS = 16, 0.02
 
 
 def made(case: Case, attention: str | None) -> Any:
@@ -94,29 +41,13 @@ def made(case: Case, attention: str | None) -> Any:
     import transformers
 
     config = getattr(transformers, case.config)(**case.fields, dtype="bfloat16")
+    if attention == "flash_attention_4":
+        importlib.import_module("flash_attn.cute")  # Not under the meta device, which tensors of its own would be on.
     with torch.device("meta"):
         module = transformers.AutoModelForCausalLM.from_config(
             config, dtype=torch.bfloat16, **({"attn_implementation": attention} if attention else {})
         )
     return filled(module)
-
-
-def filled(module: Any) -> Any:
-    """A module from the meta device with random weights: norms 1, biases 0, the rest normal."""
-    import torch
-
-    module.to_empty(device="cuda")
-    generator = torch.Generator("cuda").manual_seed(0)
-    with torch.no_grad():
-        for name, weight in module.named_parameters():
-            if weight.ndim > 1 and "bias" not in name:
-                weight.normal_(std=0.02, generator=generator)
-            else:
-                weight.fill_(1.0 if "norm" in name else 0.0)
-    for part in module.modules():
-        if type(part).__name__.endswith("RotaryEmbedding"):
-            part.__init__(part.config, device="cuda")  # Its frequencies are buffers that no checkpoint has.
-    return module
 
 
 def rows_of(case: Case) -> list[list[int]]:
@@ -128,26 +59,21 @@ def rows_of(case: Case) -> list[list[int]]:
     return ids.tolist()  # type: ignore[no-any-return]
 
 
-def run_trl(case: Case, attention: str) -> Measured:
-    """TRL's SFTTrainer with Liger kernels and gradient checkpointing."""
-    import torch
+def run_trl(case: Case, attention: str, watch: Watch) -> None:
+    """TRL's SFTTrainer with Liger kernels and gradient checkpointing; without a GPU its own kernels and attention."""
     from datasets import Dataset
+    from datasets.table import InMemoryTable
     from peft import LoraConfig
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    found = Measured()
-    last = [0.0]
-
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            torch.cuda.synchronize()
-            found.seconds.append(time.perf_counter() - last[0])
-            last[0] = time.perf_counter()
+            watch.stepped()
 
         def on_log(self, *_: Any, logs: Mapping[str, float], **__: Any) -> None:
-            found.loss = logs.get("loss", found.loss)
+            watch.loss = float(logs.get("loss", watch.loss))
 
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, unk_token="<unk>"))
     names = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
@@ -155,7 +81,7 @@ def run_trl(case: Case, attention: str) -> Measured:
     tokenizer.chat_template = "{{ messages }}"
     arguments = SFTConfig(
         output_dir=tempfile.mkdtemp(),
-        max_steps=STEPS,
+        max_steps=watch.steps,
         per_device_train_batch_size=case.rows,
         gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": False},
@@ -165,30 +91,32 @@ def run_trl(case: Case, attention: str) -> Measured:
         report_to=[],
         save_strategy="no",
         logging_steps=1,
-        use_liger_kernel=True,
+        use_liger_kernel=device() == "cuda",
+        use_cpu=device() == "cpu",
         optim="adamw_torch_fused",
         learning_rate=1e-4,
+        router_aux_loss_coef=0.0,
+        train_sampling_strategy="sequential",
     )
     trainer = SFTTrainer(
-        model=made(case, attention),
+        model=made(case, attention if device() == "cuda" else None),
         args=arguments,
-        train_dataset=Dataset.from_list([{"input_ids": ids} for ids in rows_of(case)]),
+        train_dataset=Dataset(InMemoryTable.from_pydict({"input_ids": rows_of(case)}), fingerprint="synthetic"),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=RANK, lora_alpha=2 * RANK, **case.lora),
         callbacks=[Clock()],
     )
-    torch.cuda.reset_peak_memory_stats()
+    watch.trains(trainer.model)
     trainer.train()
-    return found
 
 
 class Synthetic:
     """The plugin that stands for data and checkpoint: rows of one length, weights made on the GPU; measures."""
 
-    def __init__(self, case: Case, found: Measured) -> None:
+    def __init__(self, case: Case, watch: Watch) -> None:
         from pegbox.hooks import hookimpl
 
-        self.case, self.found, self.rows, self.last = case, found, rows_of(case), 0.0
+        self.rows, self.watch = rows_of(case), watch
         self.split, self.fingerprint = "train", "synthetic"
         for name in (
             "configure_model",
@@ -239,23 +167,27 @@ class Synthetic:
         return request.folder  # type: ignore[no-any-return]
 
     def on_event(self, event: Any) -> None:
-        import torch
-        from pegbox.events import Stepped
+        from pegbox.events import RunStarted, Stepped
 
-        if isinstance(event, Stepped):
-            torch.cuda.synchronize()
-            self.found.seconds.append(time.perf_counter() - self.last)
-            self.found.loss, self.last = float(event.loss), time.perf_counter()
+        if isinstance(event, RunStarted):
+            self.watch.trains(event.job.model.module)
+        elif isinstance(event, Stepped):
+            self.watch.stepped()
+            self.watch.loss = float(event.loss)
+            if event.step == self.watch.steps:
+                raise Finished
 
 
-def run_pegbox(case: Case, sections: Mapping[str, Mapping[str, Any]]) -> Measured:
+class Finished(Exception):
+    """Ends a run before its last checkpoint: all is measured."""
+
+
+def run_pegbox(case: Case, sections: Mapping[str, Mapping[str, Any]], watch: Watch) -> None:
     """The usual plugins and those of `sections`."""
-    import torch
     import transformers
     from pegbox.plan import compose
     from pegbox.run import execute
 
-    found = Measured()
     folder = Path(tempfile.mkdtemp())
     getattr(transformers, case.config)(
         **case.fields, dtype="bfloat16", architectures=[case.config.replace("Config", "ForCausalLM")]
@@ -270,109 +202,141 @@ def run_pegbox(case: Case, sections: Mapping[str, Mapping[str, Any]]) -> Measure
         "sft": {},
         "optim": {"learning_rate": 1e-4},
         "trainer": {
-            "max_steps": STEPS,
+            "max_steps": watch.steps,
             "batch": case.rows,
             "micro_batch": case.rows,
             "precision": "bf16",
+            "shuffle": False,
             "log_every": 10_000,
             "save_every": None,
             "progress": "none",
         },
     }
     config = {
-        "model": {"name": str(folder)},
+        "model": {"name": str(folder), "dtype": "bfloat16"},  # As on a GPU, also where there is none.
         "plugins": ["hf", "synthetic", *[name for name in filled_in if name != "hf"]],
         "use": {"load_processor": "synthetic", "export_model[peft]": "synthetic"},
         **{name: section for name, section in filled_in.items() if section},
         "output": str(folder / "run"),
     }
-    torch.cuda.reset_peak_memory_stats()
-    execute(compose(config, instances={"synthetic": Synthetic(case, found)}))
-    return found
+    with suppress(Finished):
+        execute(compose(config, instances={"synthetic": Synthetic(case, watch)}))
 
 
-def contenders(case: Case) -> dict[str, Callable[[], Measured]]:
+def contenders(case: Case) -> dict[str, Callable[[Watch], None]]:
     """By name: everything on, one plugin less each, nothing; TRL with each attention that fits."""
     every = dict(case.ours)
-    found: dict[str, Callable[[], Measured]] = {"pegbox": lambda: run_pegbox(case, every)}
-    recomputed = {**every, "activations": {"policy": "full"}}
-    found["pegbox, full recompute"] = lambda: run_pegbox(case, recomputed)
+    ours: dict[str, dict[str, Mapping[str, Any]]] = {"pegbox": every}
+    ours["pegbox, full recompute"] = {**every, "activations": {"policy": "full"}}
     for name in every:
-        fewer = {other: section for other, section in every.items() if other != name}
-        found[f"pegbox without {name}"] = lambda fewer=fewer: run_pegbox(case, fewer)  # type: ignore[misc]
+        ours[f"pegbox without {name}"] = {other: section for other, section in every.items() if other != name}
     sinks = case.config == "GptOssConfig"
     owner, key = ("gpt-oss-attention", "backend") if sinks else ("attention", "implementation")
-    for attention in ("pegbox", "flash-attn-4"):
-        chosen = {**every, owner: {key: attention}}
-        found[f"pegbox, attention {attention}"] = lambda chosen=chosen: run_pegbox(case, chosen)  # type: ignore[misc]
+    for attention in ("pegbox", "flash-attn-4") if device() == "cuda" else ():
+        ours[f"pegbox, attention {attention}"] = {**every, owner: {key: attention}}
+    found: dict[str, Callable[[Watch], None]] = {
+        name: lambda watch, sections=sections: run_pegbox(case, sections, watch)  # type: ignore[misc]
+        for name, sections in ours.items()
+    }
     for attention in ("flash_attention_4", *(() if sinks else ("sdpa",))):
-        found[f"trl + liger + {attention}"] = lambda attention=attention: run_trl(case, attention)  # type: ignore[misc]
+        found[f"trl + liger + {attention}"] = lambda watch, attention=attention: run_trl(case, attention, watch)  # type: ignore[misc]
     return found
 
 
-def child(case: str, contender: str) -> None:
-    import torch
-
-    found = contenders(CASES[case])[contender]()
-    found.peak_bytes, found.reserved_bytes = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    print(json.dumps(vars(found)))
-
-
-def line(case: str, contender: str) -> dict[str, str]:
-    """The figures of one contender, measured in a process of its own."""
-    command = [sys.executable, __file__, case, "--contenders", contender, "--child"]
-    done = subprocess.run(command, capture_output=True, text=True)
+def line(case: str, contender: str, options: argparse.Namespace, log: Path) -> tuple[dict[str, str], list[str]]:
+    """The figures of one contender, measured in a process of its own, and lines about its kernels."""
     row = {"case": case, "contender": contender}
-    if done.returncode:
-        return {**row, "status": (done.stderr.strip().splitlines() or ["killed"])[-1][:300]}
-    found = Measured(**json.loads(done.stdout.splitlines()[-1]))
-    seconds = statistics.median(found.seconds[-TIMED:])
+    arguments = [case, "--contenders", contender, "--child", "--profile", str(options.profile)]
+    try:
+        found = answer(__file__, [*arguments, *["--tiny"] * options.tiny], f"{case}: {contender}", log, options.limit)
+    except Failed as failed:
+        return {**row, "status": str(failed)}, []
+    shape = shrunk(CASES[case]) if options.tiny else CASES[case]
+    seconds = statistics.median(found["seconds"][WARM_UP:])
     return {
         **row,
         "status": "ok",
-        "tokens_per_s": f"{CASES[case].rows * CASES[case].length / seconds:.0f}",
+        "tokens_per_s": f"{shape.rows * shape.length / seconds:.0f}",
         "step_ms": f"{1e3 * seconds:.1f}",
-        "peak_bytes": str(found.peak_bytes),
-        "reserved_bytes": str(found.reserved_bytes),
-        "last_loss": f"{found.loss:.4f}",
-    }
+        "peak_bytes": str(found["peak_bytes"]),
+        "reserved_bytes": str(found["reserved_bytes"]),
+        "trained": str(found["trained"]),
+        "last_loss": f"{found['loss']:.4f}",
+        "first_step_s": f"{found['seconds'][0]:.1f}",
+        "gpu": found["gpu"],
+        "torch": found["torch"],
+    }, found["kernels"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def child(options: argparse.Namespace) -> None:
+    """Measure one contender; the last line of the output has what was found."""
+    logging.basicConfig(level=logging.INFO)
+    case = CASES[options.cases[0]]
+    watch = Watch(options.profile)
+    contenders(shrunk(case) if options.tiny else case)[options.contenders[0]](watch)
+    print("\n" + json.dumps(watch.found()))
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", help=f"some of: {'; '.join(CASES)}")
     parser.add_argument("--contenders", nargs="*", help="their names; all without it")
-    parser.add_argument("--results", type=Path)
+    parser.add_argument("--results", type=Path, help="a CSV file; what contenders write goes beside it")
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="print the N largest kernels")
+    parser.add_argument("--tiny", action="store_true", help="two small layers, on whatever device is there")
+    parser.add_argument("--limit", type=float, default=180, help="seconds that a contender may take")
     parser.add_argument("--commit", default="")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.child:
-        child(options.cases[0], options.contenders[0])
-        return
-    import torch
+    if device() == "cpu" and not options.tiny:
+        parser.error("there is no GPU; with --tiny everything is tried on a CPU")
+    for case in options.cases:
+        if case not in CASES:
+            parser.error(f"there is no case {case!r}; there are: {'; '.join(CASES)}")
+    for case in options.cases or CASES:
+        unknown = set(options.contenders or ()) - set(contenders(CASES[case]))
+        if unknown:
+            parser.error(f"{case} has no contender {sorted(unknown)}; it has: {'; '.join(contenders(CASES[case]))}")
+    return options
 
+
+def main() -> None:
+    options = parsed()
+    if options.child:
+        child(options)
+        return
     where = {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
         "commit": options.commit or subprocess.getoutput("git describe --always --dirty"),
         "date": datetime.now(UTC).date().isoformat(),
     }
+    log = options.results.with_suffix(".log") if options.results else Path(tempfile.mkdtemp()) / "gpu_step.log"
     lines: list[dict[str, str]] = []
+    wrong: list[str] = []
     for case in options.cases or CASES:
         losses: dict[str, float] = {}
+        trained: dict[str, str] = {}
         for contender in options.contenders or contenders(CASES[case]):
             began = time.perf_counter()
-            lines.append({**line(case, contender), **where})
-            print("  ".join(list(lines[-1].values())[:7]), f"  ({time.perf_counter() - began:.0f} s)", flush=True)
-            if lines[-1]["status"] == "ok":
-                losses[contender] = float(lines[-1]["last_loss"])
+            row, kernels = line(case, contender, options, log)
+            lines.append({**row, **where})
+            print(
+                "  ".join(row.values()), f"  ({time.perf_counter() - began:.0f} s)", *kernels, sep="\n    ", flush=True
+            )
+            if row["status"] == "ok":
+                losses[contender], trained[contender] = float(row["last_loss"]), row["trained"]
+            else:
+                wrong.append(f"{case}: {contender}: {row['status']}")
             if options.results:
                 with options.results.open("w", newline="") as file:
                     writer = csv.DictWriter(file, list(max(lines, key=len)))
                     writer.writeheader()
                     writer.writerows(lines)
         if losses and max(losses.values()) - min(losses.values()) > SAME_LOSS:
-            raise SystemExit(f"{case}: contenders do not train the same: {losses}")
+            wrong.append(f"{case}: contenders do not reach the same loss: {losses}")
+        if len(set(trained.values())) > 1:
+            wrong.append(f"{case}: contenders do not train as many parameters: {trained}")
+    if wrong:
+        raise SystemExit("\n".join([*wrong, f"what they wrote is in {log}"]))
 
 
 if __name__ == "__main__":
