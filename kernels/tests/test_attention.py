@@ -6,6 +6,7 @@ Agreement with the reference over shapes, windows, groups, layouts and dtypes is
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -296,6 +297,51 @@ def test_every_way_backward_agrees_with_every_launch(device) -> None:
                 assert error(found, right) < 2e-5 * max(1.0, right.abs().max().item()), (way, window, flags)
             values = kernels.forward(q, k, v, sinks, table, shape, launch)
             torch.testing.assert_close(values, (out, lse), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU"
+)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("head_dim", "heads", "kv_heads"), [(64, 16, 2), (64, 3, 1), (128, 6, 1)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_forward_of_hopper_is_as_exact_as_that_of_every_gpu(causal, head_dim, heads, kv_heads, dtype) -> None:
+    tokens, generator = 777, torch.Generator("cuda").manual_seed(0)
+    q, k, v = (
+        torch.randn(tokens, count, head_dim, device="cuda", generator=generator).to(dtype)
+        for count in (heads, kv_heads, kv_heads)
+    )
+    sinks = torch.randn(heads, device="cuda", generator=generator)
+    shape = kernels.Shape(
+        tokens=tokens,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        scale=head_dim**-0.5,
+        causal=causal,
+        window=None,
+    )
+    launch = kernels.default_launch(shape, True)
+    truth = reference.attention(q.double(), k.double(), v.double(), sinks.double(), None, shape.scale, causal, None)
+    crews = {False: None, True: kernels.CREWS[head_dim]}
+    errors = {
+        of_hopper: [
+            error(found, right)
+            for found, right in zip(
+                kernels.forward(q, k, v, sinks, None, shape, replace(launch, crew=crew)), truth, strict=True
+            )
+        ]
+        for of_hopper, crew in crews.items()
+    }
+    assert all(ours <= 2 * other + 1e-6 for ours, other in zip(errors[True], errors[False], strict=True))
+
+
+def test_sinks_may_lie_apart(device) -> None:
+    q, k, v, sinks = (tensor.to(device) for tensor in tensors(40))
+    apart = torch.stack((sinks, sinks + 9), 1)[:, 0]
+    assert apart.stride() != sinks.stride()
+    torch.testing.assert_close(attention(q, k, v, sinks_H=apart), attention(q, k, v, sinks_H=sinks), rtol=0, atol=0)
 
 
 def test_without_triton_the_reference_answers(monkeypatch: pytest.MonkeyPatch) -> None:

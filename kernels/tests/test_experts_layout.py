@@ -5,14 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from pegbox_kernels.experts import ExpertLora, moe_experts
-from pegbox_kernels.experts.lora_layout import (
-    from_peft,
-    from_per_expert,
-    from_vllm_stacked,
-    to_peft,
-    to_per_expert,
-    to_vllm_stacked,
-)
+from pegbox_kernels.experts.lora_layout import W1_W3_W2, from_peft, from_per_expert, to_peft, to_per_expert
 
 E, H, INNER, RANK = 3, 16, 8, 2
 
@@ -113,20 +106,10 @@ def test_what_is_written_for_peft_is_what_peft_would_read() -> None:
     torch.testing.assert_close(wrapper.get_delta_weight("default"), delta)
 
 
-def test_every_layout_comes_back_as_it_went() -> None:
+def test_pefts_layout_comes_back_as_it_went() -> None:
     for pair in factors():
-        for there, back in ((to_peft, from_peft), (to_vllm_stacked, from_vllm_stacked)):
-            for found, expected in zip(back(*there(*pair), E), pair, strict=True):
-                assert torch.equal(found, expected)
-
-
-def test_peft_and_vllm_differ_in_b_alone_and_not_in_its_shape() -> None:
-    pair, _ = factors()
-    (peft_a, peft_b), (vllm_a, vllm_b) = to_peft(*pair), to_vllm_stacked(*pair)
-    assert torch.equal(peft_a, vllm_a)
-    assert peft_b.shape == vllm_b.shape
-    assert not torch.equal(peft_b, vllm_b)
-    assert torch.equal(peft_b.reshape(-1, RANK, E).transpose(1, 2).reshape(vllm_b.shape), vllm_b)
+        for found, expected in zip(from_peft(*to_peft(*pair), E), pair, strict=True):
+            assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -138,6 +121,17 @@ def test_adapters_of_single_experts_come_back_with_the_same_rank(interleaved: bo
     found = from_per_expert(tensors, E, interleaved=interleaved)
     for pair, expected in zip(found, (gate_up, down), strict=True):
         assert all(torch.equal(one, other) for one, other in zip(pair, expected, strict=True))
+
+
+def test_adapters_of_single_experts_have_the_names_that_are_asked() -> None:
+    gate_up, down = factors()
+    usual = to_per_expert(gate_up, down, interleaved=True)
+    named = to_per_expert(gate_up, down, interleaved=True, prefix="x.experts", names=W1_W3_W2)
+    for name, other in zip(("gate_proj", "up_proj", "down_proj"), W1_W3_W2, strict=True):
+        theirs = usual[f"experts.2.{name}.lora_B.weight"]
+        assert torch.equal(named[f"x.experts.2.{other}.lora_B.weight"], theirs)
+    (_, b), _ = from_per_expert(named, E, interleaved=True, prefix="x.experts", names=W1_W3_W2)
+    assert torch.equal(b, gate_up[1])
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
