@@ -140,13 +140,18 @@ def test_a_quantized_head_is_refused(load: Load) -> None:
 
 
 def test_a_head_in_shards_that_nobody_gathered_is_refused() -> None:
-    class Shard(torch.Tensor):
-        pass
+    from torch import distributed
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
-    layer = torch.nn.Linear(3, 3)
-    layer.weight = torch.nn.Parameter(torch.ones(3, 3).as_subclass(Shard))
-    with pytest.raises(ConfigError, match="is in shards"):
-        call(layer, torch.ones(1, 3), lambda x, w, b: (x, None))
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        layer = torch.nn.Linear(3, 3)
+        mesh = init_device_mesh("cpu", (1,))
+        layer.weight = torch.nn.Parameter(distribute_tensor(torch.ones(3, 3), mesh, [Shard(0)]))
+        with pytest.raises(ConfigError, match="is in shards"):
+            call(layer, torch.ones(1, 3), lambda x, w, b: (x, None))
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_two_plugins_on_the_head_are_an_error_that_names_both(load: Load, tmp_path) -> None:
