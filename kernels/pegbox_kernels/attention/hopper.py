@@ -205,7 +205,7 @@ def _attend(
 
 
 @gluon.jit(do_not_specialize=["tokens", "granules"])
-def forward_kernel(
+def hopper_forward_kernel(
     q_of, k_of, v_of, sinks, out, lse, tokens, granules, scale,
     H: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, CONSUMERS: gl.constexpr, KEYS: gl.constexpr,
     STAGES: gl.constexpr, CAUSAL: gl.constexpr, SINK: gl.constexpr,
@@ -298,7 +298,7 @@ def forward(
     """Writes out (T, H, D) and lse (H, T) fp32. Heads of 64 or 128, bf16 or fp16, no window, `fits`."""
     granules = triton.cdiv(shape.tokens, GRANULE.value)
     bundles = triton.cdiv(GRANULE.value // ROWS.value * shape.group, crew.consumers)
-    forward_kernel[(granules * bundles * shape.kv_heads,)](
+    hopper_forward_kernel[(granules * bundles * shape.kv_heads,)](
         _described(q, ROWS.value),
         _described(k, crew.keys),
         _described(v, crew.keys),

@@ -339,5 +339,5 @@ SPEC = OpSpec(
     workloads=WORKLOADS,
     contenders=_contenders,
     variants=_variants,
-    spilling=frozenset({"keys_kernel"}),
+    spilling=frozenset({"keys_kernel", "hopper_forward_kernel"}),
 )
