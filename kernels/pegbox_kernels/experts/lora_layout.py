@@ -2,12 +2,16 @@
 
     canonical                       a (E, R, in)                       b (E, out, R)
     PEFT, `target_parameters`       lora_A (E R, in): row e R + r      lora_B (out, R E): column r E + e
-    vLLM, stacked for all experts   (E R, in): row e R + r             (out, E R): column e R + r
+    vLLM, one pair for all experts  the same as PEFT's
     one adapter for each expert     experts.<e>.<name>.lora_A (R, in)  experts.<e>.<name>.lora_B (out, R)
 
 PEFT has the expert slowest in A and **fastest** in B. Whoever reads its B with the expert slowest multiplies expert 0's
-rank by columns of all experts: shapes fit, numbers do not. The tests compare with PEFT's own delta. The layouts of vLLM
-are written from what is documented of them and have **not** been run against it.
+rank by columns of all experts: shapes fit, numbers do not. The tests compare with PEFT's own delta, and with what a
+real vLLM answers.
+
+vLLM (0.32) reads PEFT's layout where its model holds stacked experts (gpt-oss), and adapters of single experts where it
+does not (Qwen3-MoE); started with `--enable-mixed-moe-lora-format` it reads both for all. It calls the products of an
+expert by the names of its own model: see `GATE_UP_DOWN` and `W1_W3_W2`.
 
 `in` and `out` are those of the product, whichever way the base weight lies. The scale is no part of a layout.
 """
@@ -19,7 +23,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+# The names of gate, up and down: most models', and those of Mixtral and of vLLM's gpt-oss.
+GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
+W1_W3_W2 = ("w1", "w3", "w2")
 
 
 def from_peft(lora_a: Tensor, lora_b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
@@ -38,36 +44,26 @@ def to_peft(a_ERI: Tensor, b_EOR: Tensor) -> tuple[Tensor, Tensor]:
     return a_ERI.reshape(-1, a_ERI.shape[2]).contiguous(), packed.contiguous()
 
 
-def from_vllm_stacked(lora_a: Tensor, lora_b: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """vLLM's one pair for all experts -> a (E, R, in), a view, and b (E, out, R), a strided view.
-
-    Raises:
-        ValueError: the rank dimension is not a multiple of `experts`.
-    """
-    rank = _rank(lora_a, lora_b, experts)
-    return lora_a.reshape(experts, rank, -1), lora_b.reshape(-1, experts, rank).transpose(0, 1)
-
-
-def to_vllm_stacked(a_ERI: Tensor, b_EOR: Tensor) -> tuple[Tensor, Tensor]:
-    """a (E, R, in), b (E, out, R) -> (E R, in), (out, E R), both expert slowest, contiguous."""
-    packed = b_EOR.transpose(0, 1).reshape(b_EOR.shape[1], -1)
-    return a_ERI.reshape(-1, a_ERI.shape[2]).contiguous(), packed.contiguous()
-
-
 def to_per_expert(
-    gate_up: tuple[Tensor, Tensor], down: tuple[Tensor, Tensor], *, interleaved: bool, prefix: str = "experts"
+    gate_up: tuple[Tensor, Tensor],
+    down: tuple[Tensor, Tensor],
+    *,
+    interleaved: bool,
+    prefix: str = "experts",
+    names: tuple[str, str, str] = GATE_UP_DOWN,
 ) -> dict[str, Tensor]:
     """Canonical pairs -> an adapter for each expert and product, under the names that PEFT's linear layers use.
 
-    Gate and up share the A of their common product, so that each gets a copy of it.
+    Gate and up share the A of their common product: each gets a copy of it. `names` are those of gate, up and down.
     """
+    gate_name, up_name, down_name = names
     found: dict[str, Tensor] = {}
     gates, ups = _halves(gate_up[1], interleaved)
     for expert in range(gate_up[0].shape[0]):
         for name, a, b in (
-            (GATE, gate_up[0], gates),
-            (UP, gate_up[0], ups),
-            (DOWN, *down),
+            (gate_name, gate_up[0], gates),
+            (up_name, gate_up[0], ups),
+            (down_name, *down),
         ):
             found[f"{prefix}.{expert}.{name}.lora_A.weight"] = a[expert].clone(memory_format=torch.contiguous_format)
             found[f"{prefix}.{expert}.{name}.lora_B.weight"] = b[expert].clone(memory_format=torch.contiguous_format)
@@ -75,7 +71,12 @@ def to_per_expert(
 
 
 def from_per_expert(
-    tensors: Mapping[str, Tensor], experts: int, *, interleaved: bool, prefix: str = "experts"
+    tensors: Mapping[str, Tensor],
+    experts: int,
+    *,
+    interleaved: bool,
+    prefix: str = "experts",
+    names: tuple[str, str, str] = GATE_UP_DOWN,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """An adapter for each expert and product -> canonical pairs of gate_up and down.
 
@@ -87,13 +88,14 @@ def from_per_expert(
     """
 
     def stacked(name: str, side: str) -> Tensor:
-        names = [f"{prefix}.{expert}.{name}.lora_{side}.weight" for expert in range(experts)]
-        missing = [key for key in names if key not in tensors]
+        keys = [f"{prefix}.{expert}.{name}.lora_{side}.weight" for expert in range(experts)]
+        missing = [key for key in keys if key not in tensors]
         if missing:
             raise ValueError(f"{missing[0]} is not among the {len(tensors)} tensors. Check `prefix` and `experts`.")
-        return torch.stack([tensors[key] for key in names])
+        return torch.stack([tensors[key] for key in keys])
 
-    a_gate, a_up, b_gate, b_up = stacked(GATE, "A"), stacked(UP, "A"), stacked(GATE, "B"), stacked(UP, "B")
+    gate, up, down = names
+    a_gate, a_up, b_gate, b_up = stacked(gate, "A"), stacked(up, "A"), stacked(gate, "B"), stacked(up, "B")
     if a_gate.shape == a_up.shape and torch.equal(a_gate, a_up):
         a = a_gate
     else:
@@ -102,7 +104,7 @@ def from_per_expert(
         b_gate = torch.nn.functional.pad(b_gate, (0, a.shape[1] - rank))
         b_up = torch.nn.functional.pad(b_up, (rank, 0))
     b = torch.stack((b_gate, b_up), dim=2).flatten(1, 2) if interleaved else torch.cat((b_gate, b_up), dim=1)
-    return (a, b), (stacked(DOWN, "A"), stacked(DOWN, "B"))
+    return (a, b), (stacked(down, "A"), stacked(down, "B"))
 
 
 def _halves(b_EJR: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
