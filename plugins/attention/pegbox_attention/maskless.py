@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from pegbox.errors import RunError
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -130,7 +131,8 @@ class MasklessAttention:
         if self._proving:
             self._begin(module, sliding_window)
         if cu_seq_lens_q is None or max_length_q is None:
-            make = _rows_now if torch.compiler.is_compiling() else _rows
+            # Not kept in a graph, nor where tensors have no data (an estimate of memory): a later run would find them.
+            make = _rows_now if torch.compiler.is_compiling() or isinstance(query_BHQD, FakeTensor) else _rows
             borders = make(rows, queries, query_BHQD.device)
         else:
             borders = Borders(cu_seq_lens_q, max_length_q)

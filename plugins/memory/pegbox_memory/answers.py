@@ -40,6 +40,30 @@ def grouped_product(
     return torch.empty(shape, dtype=out_dtype or left.dtype, device=left.device)
 
 
+def wide_product(left: Tensor, right: Tensor, out_dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
+    """`mm` of low precision that returns a wider one; torch has it for GPUs only."""
+    shape = (left.shape[0], right.shape[1])
+    return torch.empty(shape, dtype=out_dtype, device=left.device) if out is None else out
+
+
+def wide_sum(
+    total: Tensor,
+    left: Tensor,
+    right: Tensor,
+    out_dtype: torch.dtype,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`addmm` of the same kind."""
+    return wide_product(left, right, out_dtype, out=out)
+
+
 RULES: dict[Any, Callable[..., Any]] = {torch.ops.aten._local_scalar_dense.default: value}
 if hasattr(torch.ops.aten, "_grouped_mm"):
     RULES[torch.ops.aten._grouped_mm.default] = grouped_product
+for name, product in (("mm", wide_product), ("addmm", wide_sum)):
+    for overload in ("dtype", "dtype_out"):
+        if overload in getattr(torch.ops.aten, name).overloads():
+            RULES[getattr(getattr(torch.ops.aten, name), overload)] = product

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from pegbox.errors import ConfigError
 from pegbox.plan import compose
 
+from pegbox_memory.kernels import attention
+
 if TYPE_CHECKING:
     from pegbox.context import Context
 
@@ -132,7 +134,7 @@ class Asked:
 
             here = shape.on_gpu and torch.cuda.is_available()
             device = torch.device("cuda", torch.cuda.current_device()) if here else torch.device("cpu")
-            self.made[more] = trained_step(self.composed(*more), device, shape.precision)
+            self.made[more] = trained_step(self.composed(*more), device, shape.precision, for_gpu=shape.on_gpu)
         return self.made[more]
 
     def close(self) -> None:
@@ -168,6 +170,9 @@ def estimate(
     shape = shape_of(ctx, tokens, micro_batch)
     device = _device_bytes(device_gib, shape)
     variant, notes = _dtype(ctx, shape)
+    if shape.on_gpu:
+        ours, told = attention(ctx)
+        variant, notes = (*variant, *ours), [*notes, *told]
     auto = ctx.config.resolved().get("activations", {}).get("policy") == "auto"
     try:
         if not auto:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pegbox_memory.answers import RULES
+from pegbox_memory.kernels import within
 
 BLOCK = 512
 """torch's CUDA allocator gives memory in multiples of so many bytes."""
@@ -69,10 +70,17 @@ class Ledger(TorchDispatchMode):
     def note(self, tensors: Iterable[Tensor], kind: str) -> None:
         """Tensors that lived before, or whose kind is known better now."""
         for tensor in tensors:
-            self._strike(id_of(tensor))
-            self._add(tensor, kind)
+            for part in parts_of(tensor):
+                self._strike(id_of(part))
+                self._add(part, kind)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(is_made_of_others(kind) for kind in types):
+            return NotImplemented  # its own rule computes with its parts, and they come here
+        inside = within(func)
+        if inside is not None:
+            with self:
+                return inside(*args, **(kwargs or {}))
         rule = RULES.get(func)
         if rule is None or not isinstance(args[0], torch._subclasses.FakeTensor):
             rule = func
@@ -98,6 +106,20 @@ class Ledger(TorchDispatchMode):
         known = self._known.pop(key, None)
         if known is not None:
             self.live[known[1]] -= known[2]
+
+
+def is_made_of_others(kind: type) -> bool:
+    """Whether tensors of this class hold no memory of their own, but other tensors: packed weights, shards."""
+    return hasattr(kind, "__tensor_flatten__") and not issubclass(kind, torch._subclasses.FakeTensor)
+
+
+def parts_of(tensor: Any) -> Iterator[Tensor]:
+    """The tensors that hold the memory of one."""
+    if not is_made_of_others(type(tensor)):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from parts_of(getattr(tensor, name))
 
 
 def id_of(tensor: Tensor) -> int:

@@ -14,7 +14,7 @@ GPU are attended to by the borders of documents, which needs no mask, as plain r
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,7 +27,8 @@ from pegbox.types import Batch, Loss, Model
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from pegbox_memory.ledger import Ledger
+from pegbox_memory.kernels import allocating
+from pegbox_memory.ledger import Ledger, is_made_of_others
 from pegbox_memory.quantized import StoredBytes, stored_bytes
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class TrainedStep:
         layers: how many layers it has.
         stored: what quantization makes of its frozen weights.
         notes: what the estimate takes for granted.
+        for_gpu: the run would compute on a GPU, so operations with kernels of their own allocate as they do there.
     """
 
     ctx: Context
@@ -94,6 +96,7 @@ class TrainedStep:
     stored: StoredBytes
     step_peak: Peak
     notes: list[str] = field(default_factory=list)
+    for_gpu: bool = False
 
     def peak(self, rows: int, tokens: int, *, packed: bool, micro_batches: int) -> Peak:
         """The peak of a step of micro-batches of `rows` rows of `tokens` tokens.
@@ -107,13 +110,17 @@ class TrainedStep:
                 batch = batch_of(rows, tokens, self.device, packed=packed)
             ledger.during = "forward and backward"
             ledger.restart()
-            with _explained(self.model):
+            with _explained(self.model), self._kernels():
                 for _ in range(min(micro_batches, 2)):
                     self._forward_backward(batch)
             peak = Peak(dict(ledger.peak), ledger.peak_during)
             self.optimizer.zero_grad(set_to_none=True)
             del batch
         return peak if peak.total > self.step_peak.total else self.step_peak
+
+    def _kernels(self) -> AbstractContextManager[None]:
+        """On a GPU their kernels compute, whether there is one here or not."""
+        return allocating() if self.for_gpu else nullcontext()
 
     def _forward_backward(self, batch: Batch) -> None:
         dtype = AUTOCAST.get(self.precision)
@@ -130,13 +137,16 @@ class TrainedStep:
             total.backward()
 
 
-def trained_step(ctx: Context, device: torch.device, precision: Precision, *, fake: bool = True) -> TrainedStep:
+def trained_step(
+    ctx: Context, device: torch.device, precision: Precision, *, fake: bool = True, for_gpu: bool = False
+) -> TrainedStep:
     """Build what a run would train.
 
     Args:
         ctx: a composed config; its runtime and length are set here.
         device: where tensors would lie; a device that this torch can compute on.
         precision: of forwards.
+        for_gpu: the run would be on a GPU, also where there is none.
         fake: tensors have no data; with data (on a CPU) the same is counted for real.
     """
     ctx.runtime, ctx.total_steps = OneProcess(device, precision), STEPS
@@ -157,10 +167,12 @@ def trained_step(ctx: Context, device: torch.device, precision: Precision, *, fa
     with mode, ledger:
         optimizer = ctx.call(hooks.build_optimizer, ctx, model, groups).optimizer
         notes = _first_step(ledger, optimizer)
-    if "quantized" in model.traits:
+    packed = any(is_made_of_others(type(weight)) for weight in model.module.parameters())
+    if "quantized" in model.traits and not packed:
         notes.append("the weights are stored quantized, and counted as the model is built without them")
     peak = Peak(dict(ledger.peak), ledger.peak_during)
-    return TrainedStep(ctx, model, loss, optimizer, ledger, mode, device, precision, len(layers), stored, peak, notes)
+    made = (ctx, model, loss, optimizer, ledger, mode, device, precision, len(layers), stored, peak, notes)
+    return TrainedStep(*made, for_gpu=for_gpu)
 
 
 def batch_of(rows: int, tokens: int, device: torch.device, *, packed: bool) -> Batch:
@@ -188,8 +200,16 @@ def put(module: nn.Module, device: torch.device) -> None:
     """Give a module on the meta device tensors on another one, whose values mean nothing; ties stay."""
     made: dict[int, Any] = {}
 
+    def plain(tensor: Any) -> Tensor:
+        if not is_made_of_others(type(tensor)):
+            return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+        names, context = tensor.__tensor_flatten__()
+        parts = {name: plain(getattr(tensor, name)) for name in names}
+        packed: Tensor = type(tensor).__tensor_unflatten__(parts, context, tensor.shape, tensor.stride())
+        return packed
+
     def on_device(tensor: Tensor) -> Tensor:
-        new = torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+        new = plain(tensor)
         return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
 
     for part in module.modules():
