@@ -73,8 +73,13 @@ def _activity() -> ProfilerActivity:
     return ProfilerActivity.CUDA if device() == "cuda" else ProfilerActivity.CPU
 
 
+GAP_US = 20
+"""From here on the GPU waited for the host; below it is what lies between two kernels."""
+GAPS = 8
+
+
 def busiest(profiler: profile, seconds: float, count: int) -> list[str]:
-    """Lines for the kernels that took most time; before them how long a step was, and how much of it the GPU was idle.
+    """Lines for the kernels that took most time; before them how long a step was, and where the GPU was idle.
 
     Args:
         seconds: how long the profiled steps took together.
@@ -86,15 +91,24 @@ def busiest(profiler: profile, seconds: float, count: int) -> list[str]:
     ]
     total: dict[str, float] = {}
     times: dict[str, int] = {}
+    gaps: dict[str, list[float]] = {}
     busy = end = 0.0
+    before = ""
     for kernel in sorted(kernels, key=lambda kernel: kernel.time_range.start):
         span = kernel.time_range
         total[kernel.name] = total.get(kernel.name, 0.0) + span.end - span.start
         times[kernel.name] = times.get(kernel.name, 0) + 1
+        if before and span.start > end:
+            long = span.start - end >= GAP_US
+            where = f"{before[:50]} -> {kernel.name[:50]}" if long else f"gaps below {GAP_US} us"
+            gaps.setdefault(where, []).append(span.start - end)
         busy += max(0.0, span.end - max(span.start, end))
-        end = max(end, span.end)
+        end, before = max(end, span.end), kernel.name
     idle = 1 - busy / 1e6 / seconds
     lines = [f"{1e3 * seconds / PROFILED:9.2f} ms a step; the device is idle {idle:.1%} of it"]
+    for where in sorted(gaps, key=lambda where: -sum(gaps[where]))[:GAPS]:
+        waited, often = sum(gaps[where]) / 1e3 / PROFILED, len(gaps[where]) / PROFILED
+        lines.append(f"{waited:9.2f} ms  {often:7.1f} x  idle: {where}")
     for name in sorted(total, key=lambda name: -total[name])[:count]:
         lines.append(f"{total[name] / 1e3 / PROFILED:9.2f} ms  {times[name] / PROFILED:7.1f} x  {name[:110]}")
     return lines

@@ -5,7 +5,7 @@ warpgroups that compute, each for its own unit: ROWS tokens of one query head. T
 head, so they take the same tiles of keys, from the last (the diagonal) to the first. While a warpgroup takes the
 softmax of one tile, its product of the last probabilities with V is in flight, and so are products of the others
 (FlashAttention-3, arXiv:2407.08608, sections 3.1 and 3.2; to let the warpgroups issue products in turns, by named
-barriers, was 5 % faster at 8192 tokens and heads of 64, and slower elsewhere).
+barriers, was 5 % faster at 8192 tokens and heads of 64, equal at 16384, and slower with heads of 128).
 
 A granule of tokens (`tiles.py`) and a key head have GRANULE / ROWS x GROUP units, later tokens first, heads of the
 group the faster index; a program takes CONSUMERS of them in turn, and what is left over in the last is masked.

@@ -233,7 +233,8 @@ def _flash_attention_4(inputs: Inputs) -> Callable[[], Outputs] | None:
     def run() -> Outputs:
         if borders is None:
             out = flash_attn_func(q[None], k[None], v[None], **options)
-            return ((out[0] if isinstance(out, tuple) else out)[0],)
+            # Not [0], whose gradient is zeros and a copy.
+            return ((out[0] if isinstance(out, tuple) else out).squeeze(0),)
         out = flash_attn_varlen_func(q, k, v, cu_seqlens_q=borders, cu_seqlens_k=borders, **options)
         return (out[0] if isinstance(out, tuple) else out,)
 
@@ -264,7 +265,7 @@ def _flex(inputs: Inputs) -> Callable[[], Outputs] | None:
         out, lse = compiled(*heads_first, block_mask=mask, scale=inputs["scale"], enable_gqa=True, return_lse=True)
         if sinks is not None:
             out = out * torch.sigmoid(lse - sinks.float().view(1, -1, 1)).unsqueeze(-1).to(out.dtype)
-        return (out[0].transpose(0, 1),)
+        return (out.squeeze(0).transpose(0, 1),)
 
     return run
 
@@ -278,7 +279,7 @@ def _sdpa(inputs: Inputs) -> Callable[[], Outputs] | None:
         out = torch.nn.functional.scaled_dot_product_attention(
             *heads_first, is_causal=True, scale=inputs["scale"], enable_gqa=True
         )
-        return (_used(out[0].transpose(0, 1), inputs["sinks_H"]),)
+        return (_used(out.squeeze(0).transpose(0, 1), inputs["sinks_H"]),)
 
     return run
 

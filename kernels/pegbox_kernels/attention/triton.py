@@ -10,7 +10,7 @@ diagonal), of which the first and last look at masks. Keys that no row sees are 
 Backward, atomic: one program per tile of keys and key head loops over the query heads of the group and over tiles of
 queries; dK and dV stay in fp32 registers, dQ tiles are added into an fp32 buffer, in no certain order (5 products).
 Backward, ordered: the same program without dQ, and another per tile of queries for dQ (7 products), which
-gives the same bits every time. A short window has its own way, `window.py`.
+gives the same bits every time. Short windows have kernels of their own, `window_forward.py` and `window_backward.py`.
 
 For dK and dV scores are computed transposed (keys, queries), so that P^T and dS^T are operands straight from
 registers; only dS changes its layout through shared memory, for dQ. Or (STRAIGHT) as in the forward:

@@ -3,8 +3,8 @@
 `rows_kernel` owns tokens, as the forward in `window_forward.py` does: dQ, what the sinks get, and D = do . out - dlse
 of every row, which it keeps. `columns_kernel` owns 64 keys: dK and dV, over all query heads of the group and the
 tokens that see the keys, in one loop, so that loads run ahead across heads. No sum is shared between programs, so the
-result has the same bits every time; the price is q and do read twice, and seven products in place of the five of
-`window.py`, which has to hold six sums in registers and runs alone on its multiprocessor.
+result has the same bits every time; the price is q and do read twice, and seven products in place of the five of one
+walk along the sequence, which has to hold six sums in registers and runs alone on its multiprocessor (README.md).
 
 Scores of `columns_kernel` are (keys, tokens): P and dS are operands straight from registers.
 

@@ -3,7 +3,7 @@
 A program owns some tokens of one key head, whose keys are the BACK before the first token and the tokens themselves:
 128 + 32 for 32 tokens, loaded once and kept in shared memory while it goes through the query heads of the group, the
 next ones being loaded meanwhile. With every score of a row at hand there is one maximum, one sum and no rescaling of
-outputs. Few registers and little shared memory let four programs share a multiprocessor: the passes over
+outputs. Few registers and little shared memory let three programs share a multiprocessor: the passes over
 q and out are what bounds this kernel, and other programs hide each one's waits.
 
 Shapes as in `triton.py`. Rows of a tile are heads x tokens, tokens the faster index.

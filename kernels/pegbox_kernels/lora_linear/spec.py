@@ -132,8 +132,10 @@ SAMPLES = tuple(
 )
 
 
-def _workload(name: str, tokens: int, block: Block, dtype: torch.dtype = torch.bfloat16) -> Workload:
-    """Each input, weight and output once; the GEMMs of the base and of the factors. No gradient of a weight."""
+def _workload(
+    name: str, tokens: int, block: Block, dtype: torch.dtype = torch.bfloat16, *, bias: bool = False
+) -> Workload:
+    """Each input, weight and output once; the GEMMs of the base and of the factors. No gradient of weight or bias."""
     shapes = list(zip(block.inputs, block.outputs, block.ranks, strict=True))
     size, ends = dtype.itemsize, sum(block.outputs) if block.kind == "linears" else block.outputs[-1]
     weights, activations = sum(k * n for k, n, _ in shapes), tokens * (block.inputs[0] + ends)
@@ -141,7 +143,8 @@ def _workload(name: str, tokens: int, block: Block, dtype: torch.dtype = torch.b
     return Workload(
         name=name,
         dtype=dtype,
-        make=_make((tokens,), block),
+        make=_make((tokens,), block, bias=bias),
+        frozen=("bias",) if bias else (),
         forward=Cost(bytes_moved=size * (weights + activations), flops=base + low),
         backward=Cost(bytes_moved=size * (weights + activations + tokens * block.inputs[0]), flops=base + 2 * low),
     )
@@ -153,6 +156,8 @@ WORKLOADS = (
     _workload("Llama-8B mlp, 8192 tokens, r=16", 8192, mlp(4096, 14336, (16, 16, 16))),
     _workload("Llama-8B mlp, 8192 tokens, r=64", 8192, mlp(4096, 14336, (64, 64, 64))),
     _workload("Qwen3-0.6B mlp, 8192 tokens, r=16", 8192, mlp(1024, 3072, (16, 16, 16))),
+    _workload("gpt-oss q, k, v, 8192 tokens, r=16", 8192, linears(2880, (4096, 512, 512), (16, 16, 16)), bias=True),
+    _workload("gpt-oss o, 8192 tokens, r=16", 8192, linears(4096, (2880,), (16,)), bias=True),
 )
 
 
@@ -162,7 +167,7 @@ def _contenders(inputs: Inputs) -> Mapping[str, Callable[[], Outputs]]:
     if inputs["block"].kind == "mlp":
         found["pegbox, keep input"] = partial(_op, **given, keep="input")
     found["torch"] = partial(_reference, **given)
-    if importlib.util.find_spec("peft") is not None and inputs["bias"] is None:
+    if importlib.util.find_spec("peft") is not None:
         found["peft"] = _peft(inputs, compiled=False)
         found["peft, torch.compile"] = _peft(inputs, compiled=True)
     if importlib.util.find_spec("unsloth") is not None and inputs["bias"] is None:
@@ -171,15 +176,16 @@ def _contenders(inputs: Inputs) -> Mapping[str, Callable[[], Outputs]]:
 
 
 class _Layers(torch.nn.Module):
-    """Plain linear layers on the weights of a block, for PEFT to adapt."""
+    """Plain linear layers on the frozen weights and biases of a block, for PEFT to adapt."""
 
-    def __init__(self, weights: list[Tensor], block: Block) -> None:
+    def __init__(self, parts: list[tuple[Tensor, ...]], block: Block) -> None:
         super().__init__()
         self.block = block
-        self.linear = torch.nn.ModuleList(torch.nn.Linear(1, 1, bias=False, device="meta") for _ in weights)
-        for layer, weight in zip(self.linear, weights, strict=True):
+        self.linear = torch.nn.ModuleList(torch.nn.Linear(1, 1, bias=False, device="meta") for _ in parts)
+        for layer, (weight, _, _, bias) in zip(self.linear, parts, strict=True):
             layer.out_features, layer.in_features = weight.shape
             layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+            layer.bias = None if bias is None else torch.nn.Parameter(bias.to(weight.dtype), requires_grad=False)
 
     def forward(self, x: Tensor) -> Outputs:
         if self.block.kind == "linears":
@@ -193,8 +199,7 @@ def _peft(inputs: Inputs, *, compiled: bool) -> Callable[[], Outputs]:
     from peft import LoraConfig, inject_adapter_in_model
 
     block, x = inputs["block"], inputs["x"]
-    parts = block.parts(inputs["w"], inputs["a"], inputs["b"], None)
-    layers = _Layers([part[0] for part in parts], block)
+    layers = _Layers(block.parts(inputs["w"], inputs["a"], inputs["b"], inputs["bias"]), block)
     ranks = {f"linear.{i}": rank for i, rank in enumerate(block.ranks)}
     alphas = {name: rank * inputs["scale"] for name, rank in ranks.items()}
     inject_adapter_in_model(LoraConfig(target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=alphas), layers)
