@@ -20,10 +20,9 @@ BFLOAT = 0.008
 
 ROWS = Rows(32, 2, 2, 4, 1)
 LAUNCHES = {
-    "one loop": (ROWS, Columns(64, 64, 4, 1)),
-    "loops apart, tiles of 32": (Rows(16, 4, 1, 4, 1), Columns(64, 32, 4, 1, apart=True)),
-    "straight": (Rows(16, 2, 4, 4, 1), Columns(64, 64, 4, 1, straight=True)),
-    "straight, loops apart": (ROWS, Columns(64, 32, 4, 1, apart=True, straight=True)),
+    "two heads, tiles of 64": (ROWS, Columns(64, 64, 4, 1)),
+    "four heads, tiles of 32": (Rows(16, 4, 1, 4, 1), Columns(64, 32, 4, 1)),
+    "four bundles": (Rows(16, 2, 4, 4, 1), Columns(64, 64, 4, 1)),
 }
 
 
@@ -116,7 +115,7 @@ def test_windows_end_where_they_should(window: int, device: torch.device, poison
     """With values of one token the outputs show which keys are seen: too many or too few is a gross error."""
     case = Case(device, (200,), (2, 1), 16, window=window, packed=False)
     with poison():
-        found = case.run(ROWS, Columns(64, 32, 4, 1, apart=True))
+        found = case.run(ROWS, Columns(64, 32, 4, 1))
     # The gradient of sinks with a window of 1 is a small difference of large terms.
     assert worst(found[:5], case.expected()[:5]) < BFLOAT
 
@@ -142,7 +141,7 @@ def test_a_document_has_the_same_bits_alone_and_packed_and_again(device: torch.d
     for name in ("q", "k", "v", "dout"):
         setattr(alone, name, getattr(packed, name)[45:].clone())
     alone.dlse = packed.dlse[:, 45:].contiguous()
-    launch = LAUNCHES["loops apart, tiles of 32"]
+    launch = LAUNCHES["four heads, tiles of 32"]
     of_packed, of_alone, again = packed.run(*launch), alone.run(*launch), alone.run(*launch)
     of_packed = tuple(tensor[:, 45:] if i == 1 else tensor[45:] for i, tensor in enumerate(of_packed))
     for first, second, third in zip(of_packed, of_alone, again, strict=True):

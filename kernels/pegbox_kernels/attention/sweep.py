@@ -43,7 +43,7 @@ def variants(inputs: Inputs) -> Mapping[str, Callable[[], object]]:
 
 
 ROWS = (Rows(32, 2, 4, 4, 2), Rows(32, 2, 4, 4, 1, 128), Rows(16, 4, 2, 4, 2, 128), Rows(16, 4, 1, 4, 1))
-COLUMNS = (Columns(64, 64, 4, 3), Columns(64, 64, 4, 2), Columns(64, 64, 4, 3, apart=True), Columns(64, 32, 4, 3))
+COLUMNS = (Columns(64, 64, 4, 3), Columns(64, 64, 4, 2), Columns(64, 64, 4, 3, 168), Columns(64, 32, 4, 3))
 
 
 def _forward(shape: Shape, default: Launch) -> Iterator[Launch]:

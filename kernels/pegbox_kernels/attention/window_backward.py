@@ -30,18 +30,12 @@ if TYPE_CHECKING:
 
 
 class Columns(NamedTuple):
-    """How the kernel that owns keys is launched: keys and tokens of a tile, warps, stages, most registers of a thread.
-
-    `apart`: three loops, of which only those over tiles of tokens that the diagonal or the window cuts look at masks.
-    `straight`: scores are (tokens, keys), and P and dS operands from shared memory; else they are (keys, tokens).
-    """
+    """Launch of the kernel that owns keys: keys and tokens of a tile, warps, stages, most registers of a thread."""
 
     keys: int
     tokens: int
     warps: int
     stages: int
-    apart: bool = False
-    straight: bool = False
     registers: int | None = None
 
 
@@ -157,10 +151,9 @@ def rows_kernel(
 @triton.jit
 def _collect(
     dk, dv, k, v, q_at, do_at, kept_at, n, stride_qt, stride_dt, keys, end, window, scale,
-    D: tl.constexpr, TOKENS: tl.constexpr, NEAR: tl.constexpr, FAR: tl.constexpr, STRAIGHT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    D: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What TOKENS tokens from `n` on of a head add to dK and dV. NEAR, FAR: the diagonal, the window cuts the tile."""
+    """What TOKENS tokens from `n` on of a head add to dK and dV."""
     token = tl.arange(0, TOKENS)
     columns = tl.arange(0, k.shape[1])
     queries = n + token
@@ -170,28 +163,13 @@ def _collect(
         kept_at + (queries * 2)[:, None] + tl.arange(0, 2)[None, :], mask=(queries < end)[:, None], other=0.0
     )
     lse2, delta = tl.split(pair)
-    if STRAIGHT:
-        s = product(q, tl.trans(k), None, PRECISION)
-        dp = product(do, tl.trans(v), None, PRECISION)
-        p = tl.exp2(s * scale - lse2[:, None])
-        if NEAR:
-            p = tl.where(keys[None, :] <= queries[:, None], p, 0.0)
-        if FAR:
-            p = tl.where(keys[None, :] > (queries - window)[:, None], p, 0.0)
-        ds = narrow(p * (dp - delta[:, None]), q.dtype)
-        dv = product(tl.trans(do), narrow(p, do.dtype), dv, PRECISION)
-        dk = product(tl.trans(q), ds, dk, PRECISION)
-    else:
-        s = product(k, tl.trans(q), None, PRECISION)
-        dp = product(v, tl.trans(do), None, PRECISION)
-        p = tl.exp2(s * scale - lse2[None, :])
-        if NEAR:
-            p = tl.where(queries[None, :] >= keys[:, None], p, 0.0)
-        if FAR:
-            p = tl.where(queries[None, :] < (keys + window)[:, None], p, 0.0)
-        ds = narrow(p * (dp - delta[None, :]), q.dtype)
-        dv = product(narrow(p, do.dtype), do, dv, PRECISION)
-        dk = product(ds, q, dk, PRECISION)
+    s = product(k, tl.trans(q), None, PRECISION)
+    dp = product(v, tl.trans(do), None, PRECISION)
+    seen = (queries[None, :] >= keys[:, None]) & (queries[None, :] < (keys + window)[:, None])
+    p = tl.where(seen, tl.exp2(s * scale - lse2[None, :]), 0.0)
+    ds = narrow(p * (dp - delta[None, :]), q.dtype)
+    dv = product(narrow(p, do.dtype), do, dv, PRECISION)
+    dk = product(ds, q, dk, PRECISION)
     return dk, dv
 
 
@@ -224,16 +202,10 @@ def columns_kernel(
     WIDTH: tl.constexpr,
     KEYS: tl.constexpr,
     TOKENS: tl.constexpr,
-    FULL: tl.constexpr,
-    APART: tl.constexpr,
-    STRAIGHT: tl.constexpr,
     TABLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program per (KEYS keys, key head).
-
-    FULL: so many tiles of tokens after those that the diagonal cuts see every key. APART: they look at no masks.
-    """
+    """One program per (KEYS keys, key head)."""
     kv_heads: tl.constexpr = H // GROUP
     kv_head = wide(tl.program_id(0) % kv_heads)
     # Late keys first: what the rows' kernel read last may still be in the cache.
@@ -250,36 +222,16 @@ def columns_kernel(
     q_at = q + kv_head * GROUP * stride_qh
     do_at = do + kv_head * GROUP * stride_dh
     row_at = kv_head * GROUP * tokens
-    dk_tile = tl.zeros([WIDTH, KEYS] if STRAIGHT else [KEYS, WIDTH], tl.float32)
-    dv_tile = tl.zeros([WIDTH, KEYS] if STRAIGHT else [KEYS, WIDTH], tl.float32)
+    dk_tile = tl.zeros([KEYS, WIDTH], tl.float32)
+    dv_tile = tl.zeros([KEYS, WIDTH], tl.float32)
     tiles = (tl.minimum(end - start, KEYS - 1 + window) + TOKENS - 1) // TOKENS
-    cut: tl.constexpr = KEYS // TOKENS if APART else 0
-    full: tl.constexpr = cut + FULL if APART else 0
-    if APART:
-        for turn in tl.range(0, tl.minimum(tiles, cut) * GROUP, disable_licm=True):
-            member = wide(turn % GROUP)
-            dk_tile, dv_tile = _collect(
-                dk_tile, dv_tile, k_tile, v_tile, q_at + member * stride_qh, do_at + member * stride_dh,
-                kept + (row_at + member * tokens) * 2, start + turn // GROUP * TOKENS,
-                stride_qt, stride_dt, keys, end, window, scale, D, TOKENS, True, FULL == 0, STRAIGHT, PRECISION,
-            )  # fmt: skip
-        for turn in tl.range(tl.minimum(tiles, cut) * GROUP, tl.minimum(tiles, full) * GROUP, disable_licm=True):
-            member = wide(turn % GROUP)
-            dk_tile, dv_tile = _collect(
-                dk_tile, dv_tile, k_tile, v_tile, q_at + member * stride_qh, do_at + member * stride_dh,
-                kept + (row_at + member * tokens) * 2, start + turn // GROUP * TOKENS,
-                stride_qt, stride_dt, keys, end, window, scale, D, TOKENS, False, False, STRAIGHT, PRECISION,
-            )  # fmt: skip
-    for turn in tl.range(tl.minimum(tiles, full) * GROUP, tiles * GROUP, disable_licm=True):
+    for turn in tl.range(0, tiles * GROUP, disable_licm=True):
         member = wide(turn % GROUP)
         dk_tile, dv_tile = _collect(
             dk_tile, dv_tile, k_tile, v_tile, q_at + member * stride_qh, do_at + member * stride_dh,
             kept + (row_at + member * tokens) * 2, start + turn // GROUP * TOKENS,
-            stride_qt, stride_dt, keys, end, window, scale, D, TOKENS, not APART, True, STRAIGHT, PRECISION,
+            stride_qt, stride_dt, keys, end, window, scale, D, TOKENS, PRECISION,
         )  # fmt: skip
-    if STRAIGHT:
-        dk_tile = tl.trans(dk_tile)
-        dv_tile = tl.trans(dv_tile)
     at = wide(start) * (kv_heads * D) + kv_head * D
     offsets = offsets_of(key, kv_heads * D, columns)
     store_rows(dk + at, offsets, dk_tile * (scale * LN2), keys, end, columns, D)
@@ -335,10 +287,6 @@ def backward(
         **constants,
         KEYS=columns.keys,
         TOKENS=columns.tokens,
-        # Tokens of a tile that begins `at` tokens after the first key see all keys if at + TOKENS <= window.
-        FULL=max(0, (window - columns.keys) // columns.tokens) if columns.apart else 0,
-        APART=columns.apart,
-        STRAIGHT=columns.straight,
         num_warps=columns.warps,
         num_stages=columns.stages,
         maxnreg=columns.registers,
