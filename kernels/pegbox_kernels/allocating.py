@@ -33,20 +33,26 @@ def allocating() -> Iterator[None]:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    launch, active = JITFunction.run, driver._active
+    from triton.runtime.interpreter import InterpretedFunction
+
+    # A process in which Triton interprets has the other kind of kernels.
+    kinds, active = (JITFunction, InterpretedFunction), driver._active
+    launches = [kind.run for kind in kinds]
 
     def nothing(self: object, *args: object, **options: object) -> None:
         """In place of a launch."""
 
     driver.set_active(_Absent(GPUTarget(*HOPPER)))  # type: ignore[arg-type]
-    JITFunction.run = nothing  # type: ignore[method-assign,assignment]
+    for kind in kinds:
+        kind.run = nothing  # type: ignore[method-assign,assignment]
     _Mode.allocating = True
     try:
         with compiling():
             yield
     finally:
         _Mode.allocating = False
-        JITFunction.run = launch  # type: ignore[method-assign]
+        for kind, launch in zip(kinds, launches, strict=True):
+            kind.run = launch  # type: ignore[method-assign,assignment]
         driver._active = active
 
 
