@@ -31,9 +31,8 @@ def allocating() -> Iterator[None]:
         return
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
     from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
 
     # A process in which Triton interprets has the other kind of kernels.
     kinds, active = (JITFunction, InterpretedFunction), driver._active
