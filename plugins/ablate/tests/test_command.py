@@ -87,6 +87,12 @@ def test_a_run_that_refuses_with_all_plugins_is_the_error(typed: Typed, tmp_path
     assert "idle is not there, and somebody asks for it" in err
 
 
+def _as_from_a_terminal() -> None:
+    """Signals that whoever started the tests ignores, as nohup does, would be ignored in the command, too."""
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, signal.SIG_DFL)
+
+
 @pytest.fixture
 def started(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[int], Path]]:
     """`pegbox ablate` while its first run is being made: its process, those it started, its temporary folder."""
@@ -104,6 +110,7 @@ def started(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[int], 
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=_as_from_a_terminal,
     )
     pids: list[int] = []
     try:
