@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -34,6 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from pegbox_kernels.attention import tiles
+from pegbox_kernels.dispatch import quotient
 
 if TYPE_CHECKING:
     from pegbox_kernels.attention.launch import Shape
@@ -296,8 +296,8 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor, shape: Shape, crew: Crew
 ) -> None:
     """Writes out (T, H, D) and lse (H, T) fp32. Heads of 64 or 128, bf16 or fp16, no window, `fits`."""
-    granules = triton.cdiv(shape.tokens, GRANULE.value)
-    bundles = triton.cdiv(GRANULE.value // ROWS.value * shape.group, crew.consumers)
+    granules = quotient(shape.tokens, GRANULE.value)
+    bundles = quotient(GRANULE.value // ROWS.value * shape.group, crew.consumers)
     hopper_forward_kernel[(granules * bundles * shape.kv_heads,)](
         _described(q, ROWS.value),
         _described(k, crew.keys),

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pegbox_kernels.dispatch import on_device_of
 from pegbox_kernels.experts.glue import Launch, launch_for
 from pegbox_kernels.experts.grouped import Gate
 from pegbox_kernels.experts.routing import Routing
@@ -182,7 +183,7 @@ def forward(
     projected_h = None if a_out is None else z.new_empty((parts, rows, rank_out), dtype=torch.float32)
     blocks = blocks_at_most(rows, experts, launch.rows)
     if blocks:
-        with torch.cuda.device_of(z):
+        with on_device_of(z):
             forward_kernel[(blocks, parts)](
                 z,
                 bias,

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pegbox_kernels.dispatch import on_device_of
 from pegbox_kernels.experts.activation import columns_from, factor_tile, pair_bias, pair_columns, ranks
 from pegbox_kernels.experts.glue import Launch, launch_for
 from pegbox_kernels.experts.grouped import Gate
@@ -266,7 +267,7 @@ def backward(
     grams_out = None if lora_out is None else partial(rank_out, size)
     sums = partial(2 * size) if summed else None
     given = Given(bias is not None, lora_in is not None, lora_out is not None, added_already, write_h, summed)
-    with torch.cuda.device_of(z):
+    with on_device_of(z):
         backward_kernel[(columns, experts, parts)](
             *(z, u, bias, *(lora_in or (None, None)), *(lora_out or (None, None)), weights),
             *(routing.offsets_E, dz, weighted_h, dots, grams_in, grams_out, sums),
@@ -306,7 +307,7 @@ def weight_gradient(dots: Tensor, more: Tensor | None, routing: Routing, like: T
     columns, rows = dots.shape
     out = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
     if rows:
-        with torch.cuda.device_of(dots):
+        with on_device_of(dots):
             weigh_kernel[(triton.cdiv(rows, 256),)](
                 dots,
                 more,

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pegbox_kernels.dispatch import on_device_of
 from pegbox_kernels.experts.routing import Routing
 from pegbox_kernels.experts.sums import added, shares
 from pegbox_kernels.experts.tiles import (
@@ -159,7 +160,7 @@ def project(
     launch = launch or launch_for("project", rank)
     blocks = blocks_at_most(rows, experts, launch.rows)
     if blocks:
-        with torch.cuda.device_of(x):
+        with on_device_of(x):
             project_kernel[(blocks,)](
                 x,
                 routing.order_N,
@@ -231,7 +232,7 @@ def add_rank(y: Tensor, projected: Tensor, factor: Tensor, routing: Routing, lau
     launch = launch or launch_for("add", factor.shape[2])
     blocks = blocks_at_most(y.shape[0], experts, launch.rows)
     if blocks:
-        with torch.cuda.device_of(y):
+        with on_device_of(y):
             add_kernel[(blocks, triton.cdiv(y.shape[1], launch.columns))](
                 y,
                 projected,
@@ -295,7 +296,7 @@ def combine(
     out = y.new_empty((tokens, size))
     launch = launch or launch_for("combine")
     if tokens:
-        with torch.cuda.device_of(y):
+        with on_device_of(y):
             combine_kernel[(tokens, triton.cdiv(size, launch.columns))](
                 y,
                 routing.inverse_N,
@@ -403,7 +404,7 @@ def gram(
     grams = None if projected is None else x.new_empty(shape, dtype=torch.float32)
     sums = x.new_empty((parts, experts, size), dtype=torch.float32) if summed else None
     launch = launch or launch_for("gram", rank)
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         gram_kernel[(triton.cdiv(size, launch.columns), experts, parts)](
             x,
             projected,

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
+from pegbox_kernels.dispatch import on_device_of
 from pegbox_kernels.experts.routing import Routing
 from pegbox_kernels.experts.tiles import (
     INTERPRETED,
@@ -288,7 +289,7 @@ def _launch(
     rank = 1 if factor is None else factor.shape[2]
     if not tiles:
         return
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         product_kernel[(programs(x, tiles, launch),)](
             x,
             routing.order_N,
@@ -389,7 +390,7 @@ def weight_gradient(
         rows=128 if not INTERPRETED.value else 32
     )
     tiles = triton.cdiv(out.shape[1], launch.rows) * triton.cdiv(out.shape[2], launch.columns)
-    with torch.cuda.device_of(x):
+    with on_device_of(x):
         weight_gradient_kernel[(tiles, experts)](
             x,
             y,
@@ -426,7 +427,7 @@ def zero_empty_kernel(out, offsets, count, BLOCK: tl.constexpr):
 def zero_empty(out: Tensor, routing: Routing) -> Tensor:
     """Zero the part of each expert without rows in out (E, ...), contiguous; others are not touched."""
     count = out[0].numel()
-    with torch.cuda.device_of(out):
+    with on_device_of(out):
         zero_empty_kernel[(triton.cdiv(count, 8192), out.shape[0])](out, routing.offsets_E, count, BLOCK=8192)
     return out
 

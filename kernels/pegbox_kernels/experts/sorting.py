@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pegbox_kernels.dispatch import on_device_of
 from pegbox_kernels.experts.tiles import padded_experts
 
 
@@ -81,7 +82,7 @@ def sort_by_expert(chosen: Tensor, experts: int, launch: Launch | None = None) -
     order, inverse = (torch.empty(rows, dtype=torch.int32, device=chosen.device) for _ in range(2))
     offsets = torch.empty(experts, dtype=torch.int32, device=chosen.device)
     counts = torch.empty((blocks, experts), dtype=torch.int32, device=chosen.device)
-    with torch.cuda.device_of(chosen):
+    with on_device_of(chosen):
         tile = {"CHOICES": launch.choices, "EXPERTS": padded, "num_warps": launch.warps}
         if blocks:
             count_kernel[(blocks,)](chosen, counts, rows, experts, **tile)

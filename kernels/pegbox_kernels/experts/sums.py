@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pegbox_kernels.dispatch import on_device_of
 from pegbox_kernels.experts.routing import Routing
 from pegbox_kernels.experts.tiles import rounded
 
@@ -41,7 +42,7 @@ def added(partial: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         return partial[0]
     out = torch.empty(partial.shape[1:], dtype=dtype, device=partial.device)
     if out.numel():
-        with torch.cuda.device_of(out):
+        with on_device_of(out):
             add_shares_kernel[(triton.cdiv(out.numel(), BLOCK),)](
                 partial, out, out.numel(), SHARES=partial.shape[0], BLOCK=BLOCK
             )
@@ -62,7 +63,7 @@ def sorted_weights(weights: Tensor, routing: Routing) -> Tensor:
     rows = routing.order_N.numel()
     out = torch.empty(rows, dtype=torch.float32, device=weights.device)
     if rows:
-        with torch.cuda.device_of(out):
+        with on_device_of(out):
             sort_weights_kernel[(triton.cdiv(rows, BLOCK),)](
                 weights, routing.order_N, routing.offsets_E, out, rows, routing.offsets_E.numel(), BLOCK=BLOCK
             )

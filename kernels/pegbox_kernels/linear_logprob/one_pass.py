@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pegbox_kernels.dispatch import on_device_of
 from pegbox_kernels.linear_logprob.launch import Launch, device_of, one_pass_launch
 from pegbox_kernels.linear_logprob.rows import Objective, Rows, Rule
 from pegbox_kernels.linear_logprob.tiles import _capped, _logit_of, _slope_of_cap, _write_zeros
@@ -196,7 +197,7 @@ def forward(
     itemsize = logits_RV.element_size()
     launch = launch or one_pass_launch(vocab * itemsize, itemsize, device_of(logits_RV))
     weights = objective.token_weights_N
-    with torch.cuda.device_of(logits_RV):
+    with on_device_of(logits_RV):
         one_pass_kernel[launch.grid(count)](
             logits_RV,
             logits_RV if bias_V is None else bias_V,

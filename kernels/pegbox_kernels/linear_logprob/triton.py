@@ -20,11 +20,11 @@ are 64-bit.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pegbox_kernels.dispatch import on_device_of
 from pegbox_kernels.linear_logprob import one_pass
 from pegbox_kernels.linear_logprob.launch import Launch, backward_launch, device_of, forward_launch
 from pegbox_kernels.linear_logprob.rows import Coefficients, Objective, Rows, Rule
@@ -310,7 +310,7 @@ def forward(
     itemsize = logits_RV.element_size()
     launch = launch or forward_launch(vocab * itemsize, itemsize, gradient, device_of(logits_RV))
     weights = objective.token_weights_N
-    with torch.cuda.device_of(logits_RV):
+    with on_device_of(logits_RV):
         forward_kernel[launch.grid(count)](
             logits_RV,
             logits_RV if bias_V is None else bias_V,
@@ -351,7 +351,7 @@ def backward(
     count, vocab = logits_RV.shape
     itemsize = logits_RV.element_size()
     launch = launch or backward_launch(vocab * itemsize, itemsize, device_of(logits_RV))
-    with torch.cuda.device_of(logits_RV):
+    with on_device_of(logits_RV):
         backward_kernel[launch.grid(count)](
             logits_RV,
             logits_RV if bias_V is None else bias_V,
@@ -378,7 +378,7 @@ def scale(source: Tensor, factors: Tensor, out: Tensor) -> None:
     if not source.numel():
         return
     block = min(triton.next_power_of_2(columns), 4096)
-    with torch.cuda.device_of(source):
+    with on_device_of(source):
         scale_kernel[(rows, triton.cdiv(columns, block))](
             source, factors, out, columns, factors.stride(0) if factors.ndim else 0, BLOCK=block, num_warps=8
         )

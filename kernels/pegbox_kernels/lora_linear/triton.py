@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pegbox_kernels.dispatch import on_device_of
 from pegbox_kernels.lora_linear.projection import mm_wide
 
 # Whether Triton's interpreter runs the kernels: TRITON_INTERPRET=1 was set when this module was imported.
@@ -318,7 +319,7 @@ def forward(
         down = 0
     grid = (triton.cdiv(width, launch.columns), triton.cdiv(tokens, launch.tokens))
     shares = torch.empty(grid[0], tokens, down, dtype=torch.float32, device=gate.device)
-    with torch.cuda.device_of(gate):
+    with on_device_of(gate):
         forward_kernel[grid](
             gate, up, h, p, b_gate, b_up, a_down, shares, tokens, width, p.stride(0), scale_gate, scale_up,
             *ranks, down, *_steps(gate.dtype, *ranks), _padded(down), activation, launch.tokens, launch.columns,
@@ -373,7 +374,7 @@ def _unreduced(
     tokens, width = gate.shape
     dup, h = torch.empty_like(up), torch.empty_like(gate)
     grid = (triton.cdiv(width, launch.columns), triton.cdiv(tokens, launch.tokens))
-    with torch.cuda.device_of(gate):
+    with on_device_of(gate):
         backward_kernel[grid](
             dh, gate, up, dup, h, p, b_gate, b_up, dp_down, a_down, tokens, width, p.stride(0), dp_down.stride(0),
             *scales, *ranks, *_steps(gate.dtype, *ranks), activation, launch.tokens, launch.columns,
@@ -393,7 +394,7 @@ def _reduced(
     dup = torch.empty_like(up)
     h = torch.empty_like(gate) if with_h else gate.new_empty(0)
     shares = [torch.empty(chunks, width, rank, dtype=torch.float32, device=gate.device) for rank in ranks]
-    with torch.cuda.device_of(gate):
+    with on_device_of(gate):
         reduce_kernel[triton.cdiv(width, launch.columns), chunks](
             dh, gate, up, dup, h, p, b_gate, b_up, dp_down, a_down, *shares, tokens, width, chunk, p.stride(0),
             dp_down.stride(0), *scales, *ranks, *(_padded(rank) for rank in ranks), activation, with_h,

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pegbox_kernels.dispatch import on_device_of
+
 LIFT = tl.constexpr(2.0**127)
 
 
@@ -56,7 +58,7 @@ def dequantize(blocks: Tensor, scales: Tensor, dtype: torch.dtype, launch: Launc
     out = torch.empty((*blocks.shape[:-2], blocks.shape[-2] * 32), dtype=dtype, device=blocks.device)
     count = scales.numel()
     if count:
-        with torch.cuda.device_of(blocks):
+        with on_device_of(blocks):
             dequantize_kernel[(triton.cdiv(count, launch.blocks),)](
                 blocks.contiguous(),
                 scales.contiguous(),
