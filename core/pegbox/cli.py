@@ -47,12 +47,9 @@ class Commands(TyperGroup):
 
 PLAIN: dict[str, Any] = {"rich_markup_mode": None, "add_completion": False, "pretty_exceptions_enable": False}
 app = typer.Typer(cls=Commands, no_args_is_help=True, help="Fine-tune language models with plugins.", **PLAIN)
-plugins_app = typer.Typer(invoke_without_command=True, help="List installed plugins, or make a new one.", **PLAIN)
-app.add_typer(plugins_app, name="plugins")
 
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or recipe://NAME.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example: lora.r=8")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
@@ -92,7 +89,7 @@ def run(
 def plan(
     config: ConfigArgument,
     overrides: Overrides = None,
-    json: Json = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quiet: Annotated[bool, typer.Option(help="Only check; print nothing.")] = False,
     model: Annotated[bool, typer.Option("--model", help="Build the model without weights; list every patch.")] = False,
     memory: Annotated[bool, typer.Option("--memory", help="Estimate the memory of a run; with pegbox-memory.")] = False,
@@ -108,27 +105,6 @@ def plan(
         from pegbox.render import show
 
         show(made, as_json=json)
-
-
-@plugins_app.callback()
-def plugins(ctx: typer.Context, json: Json = False) -> None:
-    """List installed plugins, or make a new one."""
-    if ctx.invoked_subcommand is None:
-        from pegbox.render import show_plugins
-
-        show_plugins(as_json=json)
-
-
-@plugins_app.command()
-def new(
-    name: Annotated[str, typer.Argument(help="Name of the plugin, its key in configs: my-reward")],
-    hook: Annotated[str, typer.Option(help="The hook it implements: score_rollouts")],
-    folder: Annotated[str, typer.Option(help="Where to make the package.")] = ".",
-) -> None:
-    """Make a plugin package that installs and passes the conformance kit."""
-    from pegbox.scaffold import make_plugin
-
-    typer.echo(make_plugin(name, hook, folder))
 
 
 @app.command()

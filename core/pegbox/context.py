@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NoReturn, ParamSpec, TypeVa
 
 from pegbox.errors import fail
 from pegbox.events import Event, Signal
-from pegbox.types import Item, Model, ModelRequest, Processor, Role, Runtime, Stateful
+from pegbox.record import Stateful
+from pegbox.types import Item, Model, ModelRequest, Processor, Role, Runtime
 
 if TYPE_CHECKING:
     from pegbox.config import Config

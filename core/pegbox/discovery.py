@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 import re
 import sys
 from collections.abc import Mapping
@@ -22,7 +21,6 @@ from types import ModuleType
 from pegbox import __version__
 from pegbox.errors import PegboxError, did_you_mean, fail
 
-GROUP = "pegbox"
 LOCAL_CLASS = "Plugin"
 
 
@@ -40,7 +38,7 @@ class Installed:
         return f"{self.distribution} {self.version}".strip()
 
 
-def discover(group: str = GROUP) -> dict[str, list[Installed]]:
+def discover(group: str = "pegbox") -> dict[str, list[Installed]]:
     """Every entry point of a group by name. Two distributions under one name are both listed: activation refuses them.
 
     Reads the `*.dist-info` folders on the path (PEP 376) as importlib.metadata does, in a tenth of its time: help and
@@ -48,9 +46,9 @@ def discover(group: str = GROUP) -> dict[str, list[Installed]]:
     """
     found: dict[str, list[Installed]] = {}
     seen: set[str] = set()
-    for folder in (f"{root or '.'}/{name}" for root in sys.path for name in _listing(root or ".")):
-        distribution = folder.rpartition("/")[2].partition("-")[0].lower().replace(".", "_")
-        if not folder.endswith(".dist-info") or distribution in seen:
+    for folder in (folder for root in sys.path for folder in sorted(Path(root).glob("*.dist-info"))):
+        distribution = folder.name.partition("-")[0].lower().replace(".", "_")
+        if distribution in seen:
             continue
         seen.add(distribution)
         section = "\n" + _text(f"{folder}/entry_points.txt").partition(f"[{group}]\n")[2]
@@ -65,14 +63,8 @@ def discover(group: str = GROUP) -> dict[str, list[Installed]]:
     return found
 
 
-def _listing(root: str) -> list[str]:
-    with suppress(OSError):
-        return sorted(os.listdir(root))  # noqa: PTH208 - this runs at every start
-    return []
-
-
 def _text(path: str) -> str:
-    with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:  # noqa: PTH123
+    with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:  # noqa: PTH123 - at every start
         return file.read()
     return ""
 
@@ -132,8 +124,7 @@ def check_api(plugin: Installed, core_version: str = __version__) -> None:
     for requirement in plugin.requires:
         match = re.match(r"pegbox[-_.]core(?![\w.-])\s*(?:\[[^]]*])?\s*\(?([^;)@]*)", requirement, re.IGNORECASE)
         if match and not admits(match[1], core_version):
-            described = {"name": plugin.name, "origin": plugin, "distribution": plugin.distribution}
-            raise fail("plugin-api", wanted=match[1].strip(), have=core_version, **described)
+            raise fail("plugin-api", plugin=plugin, wanted=match[1].strip(), have=core_version)
 
 
 def admits(specifiers: str, version: str) -> bool:

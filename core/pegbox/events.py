@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pegbox.types import Record
+from pegbox.record import Record
 
 if TYPE_CHECKING:
     from torch import Tensor

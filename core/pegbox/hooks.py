@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pegbox import rollouts as rl
+    from pegbox import rows as r
     from pegbox import types as t
     from pegbox.context import Context
     from pegbox.events import Event, Signal
@@ -68,7 +69,7 @@ def load_processor(ctx: Context) -> t.Processor:
     """Load the tokenizer, and the image and audio parts where a model has them."""
 
 
-def build_dataset(ctx: Context, processor: t.Processor, split: t.Split) -> t.Dataset | None:
+def build_dataset(ctx: Context, processor: t.Processor, split: r.Split) -> r.Dataset | None:
     """Make the tokenized rows of one split, or None if the config names no data for it.
 
     Rows are made before there is a process group, so that no process waits in a collective for another that tokenizes:
@@ -109,7 +110,7 @@ def build_loss(ctx: Context, model: t.Model) -> t.Loss:
     """Make the loss: terms with counts, computed from what the one forward of the loop returned."""
 
 
-def build_batches(ctx: Context, model: t.Model, dataset: t.Dataset) -> t.BatchSource:
+def build_batches(ctx: Context, model: t.Model, dataset: r.Dataset) -> r.BatchSource:
     """Make the batches of a split from its examples; for online methods, rollouts as batches."""
 
 

@@ -22,8 +22,9 @@ from pegbox.errors import PegboxError, did_you_mean, fail
 from pegbox.events import Event, Signal
 from pegbox.hooks import SPECS
 from pegbox.patches import PatchLog
+from pegbox.record import Stateful
 from pegbox.section import Section
-from pegbox.types import Item, Stateful
+from pegbox.types import Item
 
 if TYPE_CHECKING:
     from pegbox.context import Context
@@ -177,6 +178,14 @@ class Kernel:
         split = getattr(arguments.get("dataset"), "split", arguments.get("split", "train"))
         if isinstance(answer, Stateful) and split == "train":
             ctx.register_state(f"{owner.name}/{hook.split('_', 1)[1]}", answer)
+        return answer  # type: ignore[no-any-return]
+
+    def ask(self, plugin: str, spec: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Ask one plugin for its own answer, whoever owns the hook; an answer that has state is registered."""
+        found = next(i for i in self.implementations(spec.__name__, wrapper=False) if i.plugin == plugin)
+        answer, ctx = self._run(found, arguments := _named(spec, args, kwargs)), arguments["ctx"]
+        if isinstance(answer, Stateful):
+            ctx.register_state(f"{plugin}/{spec.__name__.split('_', 1)[1]}", answer)
         return answer  # type: ignore[no-any-return]
 
     def each(self, spec: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> list[tuple[str, R]]:

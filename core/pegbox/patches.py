@@ -82,17 +82,14 @@ class PatchLog:
         for other in self.applied:
             if other.plugin != plugin and other.plugin in patch.after:
                 continue
-            where = ""
             if other.module is old:
                 where = "on" if other.patch.slot == patch.slot else ""
             elif other.kind == "module" and other.plugin != plugin and old in other.module.modules():
                 where = "around"
-            elif kind == "module" and other.module in old.modules():
-                where = "inside"
+            else:
+                where = "inside" if kind == "module" and other.module in old.modules() else ""
             if where:
-                first = {"first": other.plugin, "first_reason": other.patch.reason, "first_module": other.module_name}
-                second = {"second": plugin, "second_reason": patch.reason, "module": name}
-                raise fail("patch-collision", slot=patch.slot, where=where, **first, **second)
+                raise fail("patch-collision", patch=patch, module=name, where=where, first=other, second=plugin)
 
     def verify(self) -> None:
         """Raise unless every patched module counted a call since it was patched; counting stops.
@@ -126,27 +123,25 @@ class PatchLog:
 
 def _targets(model: Model, modules: Mapping[str, Module], plugin: str, patch: ModulePatch) -> list[str]:
     """The names of the modules that a patch is for; there must be some, and the model must have the required traits."""
-    labels = {"slot": patch.slot, "plugin": plugin, "model": model.name}
     missing = ", ".join(sorted(patch.requires - model.traits))
     if missing:
         traits = ", ".join(sorted(model.traits)) or "no traits"
-        raise fail("patch-trait", missing=missing, traits=traits, reason=patch.reason, **labels)
+        raise fail("patch-trait", patch=patch, plugin=plugin, model=model, missing=missing, traits=traits)
     target = patch.target
-    if isinstance(target, str):
-        names = [name for name in modules if _pattern(target).fullmatch(name)]
-    else:
-        names = [name for name, module in modules.items() if target(name, module)]
+    matches = _pattern(target) if isinstance(target, str) else target
+    names = [name for name, module in modules.items() if matches(name, module)]
     if not names:
         leaves = {name.rsplit(".", 1)[-1] for name in modules if name}
         near = nearest(str(target).rsplit(".", 1)[-1], leaves) or sorted(leaves)[:5]
-        raise fail("patch-idle-target", target=target, near=", ".join(near), **labels)
+        raise fail("patch-idle-target", patch=patch, plugin=plugin, model=model, near=", ".join(near))
     return names
 
 
-def _pattern(glob: str) -> re.Pattern[str]:
+def _pattern(glob: str) -> Callable[[str, Module], bool]:
     """A dotted glob: `*` is one part of a name (or some of it), `**` any number; a match may start at any part."""
     parts = [".*" if part == "**" else re.escape(part).replace(r"\*", "[^.]*") for part in glob.split(".")]
-    return re.compile(r"(?:.*\.)?" + r"\.".join(parts))
+    pattern = re.compile(r"(?:.*\.)?" + r"\.".join(parts))
+    return lambda name, _: pattern.fullmatch(name) is not None
 
 
 def _set(holder: Any, attribute: str, value: object) -> Callable[[], None]:

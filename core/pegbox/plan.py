@@ -21,6 +21,7 @@ from pegbox.hooks import SPECS
 from pegbox.kernel import Kernel, job_name
 from pegbox.source import read
 from pegbox.types import Runtime
+from pegbox.weighing import OWNER, WeighedLosses
 
 NEEDED = (
     *("build_runtime", "load_processor", "build_dataset", "load_model", "place_model", "build_loss", "build_batches"),
@@ -83,11 +84,17 @@ def compose(
     """
     layer, folder = read(source, overrides)
     run = read_run_section(layer)
-    kernel = Kernel.activate(run.plugins, folder, instances)
+    weighed = {OWNER: WeighedLosses(run.loss)} if run.loss else {}
+    kernel = Kernel.activate((*run.plugins, *weighed), folder, {**(instances or {}), **weighed})
     for name in kernel.active.keys() & {*CORE_KEYS, "extends"}:
         raise fail("plugin-name-taken", name=name, both=f"a key of the core and {kernel.active[name].origin}")
     sections = read_sections(layer, kernel.schemas(), list(kernel.active), kernel.installed)
-    kernel.choose_owners(run.use)
+    kernel.choose_owners({**run.use, **dict.fromkeys(["build_loss"] if weighed else [], OWNER)})
+    if weighed:
+        able = [i.plugin for i in kernel.implementations("build_loss", wrapper=False) if i.plugin != OWNER]
+        if run.loss.keys() != set(able):
+            origin = layer.origin(("loss",))
+            raise fail("loss-weights", weighed=", ".join(run.loss), able=", ".join(able) or "none", origin=origin)
     config = Config(run, sections, layer, folder)
     ctx = Context(config, kernel, make_plan(config, kernel), Path(run.output).expanduser().absolute())
     kernel.register_states(ctx)
@@ -99,9 +106,8 @@ def require_training(ctx: Context) -> None:
     for hook in NEEDED:
         if not ctx.kernel.owners(hook):
             raise ctx.kernel.no_owner(hook)
-    for key in ("loss", "rewards"):
-        if getattr(ctx.config.run, key):
-            raise fail("key-idle", key=key, origin=ctx.config.layer.origin((key,)))
+    if ctx.config.run.rewards and not ctx.kernel.implementations("score_rollouts"):
+        raise fail("key-idle", key="rewards", origin=ctx.config.layer.origin(("rewards",)))
 
 
 def make_plan(config: Config, kernel: Kernel) -> Plan:

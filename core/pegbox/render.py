@@ -1,11 +1,10 @@
-"""What the command line shows: the plan and the installed plugins, in plain columns."""
+"""What the command line shows: the plan, and other tables, in plain columns."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import typer
@@ -24,7 +23,7 @@ def log_to_terminal(rank: int) -> None:
 
 def show(plan: Plan, *, as_json: bool) -> None:
     """Print a whole plan."""
-    print(json.dumps(plan.to_json(), indent=1, default=str)) if as_json else _print_tables(_tables(plan))
+    print(json.dumps(plan.to_json(), indent=1, default=str)) if as_json else print_tables(_tables(plan))
 
 
 def show_short(ctx: Context) -> None:
@@ -32,7 +31,7 @@ def show_short(ctx: Context) -> None:
     jobs = [job for job in ctx.plan.jobs if not job.hook.startswith("register_")]
     does = {name: [j.hook for j in jobs if name in (*j.plugins, *j.wrappers)] for name, _ in ctx.plan.plugins}
     rows = [(name, origin, ", ".join(does[name])) for name, origin in ctx.plan.plugins]
-    _print_tables([(f"{ctx.config.run.model.name} -> {ctx.folder}", ("plugin", "from", "does"), rows)])
+    print_tables([(f"{ctx.config.run.model.name} -> {ctx.folder}", ("plugin", "from", "does"), rows)])
 
 
 def _tables(plan: Plan) -> Iterator[Table]:
@@ -46,23 +45,12 @@ def _tables(plan: Plan) -> Iterator[Table]:
     yield "Config", ("key", "value", "from"), [(key, _text(value), origin) for key, value, origin in plan.values]
 
 
-def show_plugins(*, as_json: bool) -> None:
-    """Print every installed plugin, importing none."""
-    from pegbox.discovery import discover
-
-    found = [plugin for candidates in discover().values() for plugin in candidates]
-    if as_json:
-        print(json.dumps([asdict(plugin) for plugin in found], indent=1))
-    else:
-        rows = [(plugin.name, str(plugin), plugin.value) for plugin in sorted(found, key=lambda plugin: plugin.name)]
-        _print_tables([("Installed plugins (active only in runs that list them)", ("plugin", "from", "object"), rows)])
-
-
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else f"{value:,}" if type(value) is int else json.dumps(value, default=str)
 
 
-def _print_tables(tables: Iterable[Table]) -> None:
+def print_tables(tables: Iterable[Table]) -> None:
+    """Print tables: for each its title, the heads of its columns, and its rows."""
     for title, heads, rows in tables:
         widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
         typer.echo(typer.style(title, bold=True))

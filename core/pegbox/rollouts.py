@@ -11,20 +11,33 @@ from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pegbox.types import Json, Record, Split
+from pegbox.record import Json, Record
+from pegbox.rows import Split
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class Sampling(Record):
-    """How completions are sampled. `max_tokens` counts new tokens; `top_k = 0` means all."""
+    """How completions are sampled.
+
+    Attributes:
+        max_tokens: new tokens at most.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: 0 means all. `min_p`: the share of the likeliest token's probability that a token must have.
+        stop, stop_ids: texts and token ids that end a completion; the end-of-turn tokens of the model always do.
+        seed: sampling is a function of it, the prompt's place in the request and the weights; None: of the engine.
+    """
 
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    seed: int | None = None
 
 
 class RolloutRequest(Record):
@@ -38,7 +51,15 @@ class RolloutRequest(Record):
 
 
 class Rollout(Record):
-    """One completion. `logps` are the sampler's, per completion token; versions are those of the weights it used."""
+    """One completion.
+
+    Attributes:
+        completion: token ids, the one that ended it included.
+        logps: the sampler's log-probability of each completion token, under the temperature it sampled with.
+        first_version, last_version: weights that its first and its last token were sampled with.
+        finished: it ended by itself, not because it was cut at `max_tokens`.
+        trained: for each completion token whether it is the model's own (False: a tool's or environment's); empty: all.
+    """
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
@@ -46,6 +67,7 @@ class Rollout(Record):
     first_version: int
     last_version: int
     finished: bool
+    trained: tuple[bool, ...] = ()
     columns: Mapping[str, Json] = field(default_factory=dict)
 
 

@@ -4,7 +4,7 @@ Shape suffixes of tensor names:
 
     B  rows of a micro-batch      T  tokens of a row (padded)      N  trained tokens of a micro-batch
     H  hidden size                V  vocabulary                    S  document borders of a packed micro-batch
-    R  rollouts
+    R  rollouts                   C  labels of a classifying head
 
 `targets_BT[b, t]` is the token after position t, or -100 where nothing is trained; a document's last token never is.
 `trained_N`: the flat indices b * T + t of the trained positions, ascending: no device has to be asked.
@@ -12,11 +12,14 @@ Shape suffixes of tensor names:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, dataclass_transform, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from pegbox.record import Record
+from pegbox.rows import Batch, BatchSource
 
 if TYPE_CHECKING:
     from torch import Tensor, device, nn, optim
@@ -24,29 +27,8 @@ if TYPE_CHECKING:
 
     from pegbox.section import Section
 
-UNTRAINED = -100
-"""The target of a position that is not trained (torch's and transformers' ignore index)."""
-
-Split = Literal["train", "eval"]
 Role = Literal["policy", "reference", "reward", "teacher", "features"]
 Need = Literal["logps", "entropy", "hidden", "logits", "router_logits", "values"]
-Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
-
-
-@dataclass_transform(frozen_default=True, kw_only_default=True)
-class Record:
-    """Base of what hooks pass: every subclass is a frozen dataclass whose fields are given by keyword."""
-
-    def __init_subclass__(cls) -> None:
-        dataclass(frozen=True, kw_only=True)(cls)
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """State that a checkpoint holds (torch's protocol); `state_scope = "rank"` on the object: one for each rank."""
-
-    def state_dict(self) -> dict[str, object]: ...
-    def load_state_dict(self, state_dict: dict[str, object]) -> None: ...
 
 
 class ConfigSection(Record):
@@ -94,104 +76,13 @@ class Processor(Record):
     parts: Mapping[str, object] = field(default_factory=dict)
 
 
-class Example(Record):
-    """One tokenized row of T tokens, and columns of its source row by name.
-
-    Labels are not shifted: `labels[t]` is `input_ids[t]` where token t is trained, else -100. `documents`: lengths of
-    those packed into this row, summing to T; empty: the row is one document.
-    """
-
-    input_ids: Sequence[int]
-    labels: Sequence[int]
-    documents: tuple[int, ...] = ()
-    columns: Mapping[str, Json] = field(default_factory=dict)
-
-
-class Examples(Protocol):
-    """The rows of one split: indexable, fixed order, the same on every rank."""
-
-    split: Split
-    fingerprint: str
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Example: ...
-    def describe(self, index: int) -> str:
-        """Where row `index` came from, for messages: `data/train.jsonl:17`."""
-
-
-@runtime_checkable
-class PackedExamples(Examples, Protocol):
-    """Examples of which several share a row of a batch: the owner of `build_batches` joins those of a bin."""
-
-    def bins(self, order: Sequence[int]) -> Sequence[Sequence[int]]:
-        """The rows of `order`, each in exactly one bin; a function of `order` and nothing else."""
-
-
-@runtime_checkable
-class ExampleStream(Stateful, Protocol):
-    """Rows that do not fit in memory, the same on every rank. Its state is the place after those taken."""
-
-    split: Split
-    fingerprint: str
-
-    def take(self, rows: int) -> Examples:
-        """The next rows, at most so many; none: the split has ended. A training split may begin anew without end."""
-
-
-Dataset = Examples | ExampleStream
-
-
-class Extra(Record):
-    """A named tensor of a batch beyond tokens, with its rule for joining and sharding."""
-
-    value: Tensor
-    layout: Literal["row", "token", "trained", "global"]
-
-
-class Batch(Record):
-    """One micro-batch of one rank, padded on the right. `rows` are dataset indices: an error can name them."""
-
-    input_ids_BT: Tensor
-    targets_BT: Tensor
-    trained_N: Tensor
-    attention_mask_BT: Tensor | None = None
-    position_ids_BT: Tensor | None = None
-    cu_seqlens_S: Tensor | None = None
-    max_seqlen: int | None = None
-    rows: tuple[int, ...] = ()
-    extra: Mapping[str, Extra] = field(default_factory=dict)
-
-    @property
-    def trained_tokens(self) -> int:
-        """N; known on the host, no device is asked."""
-        return int(self.trained_N.shape[0])
-
-    def to(self, device: device) -> Batch:
-        """The same batch on another device; copies do not wait."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        moved = {key: value.to(device, non_blocking=True) for key, value in values.items() if hasattr(value, "to")}
-        extra = {key: replace(item, value=item.value.to(device, non_blocking=True)) for key, item in self.extra.items()}
-        return replace(self, **moved, extra=extra)
-
-
-class BatchSource(Stateful, Protocol):
-    """Batches of one split. Iterating yields one optimizer step at a time: this rank's micro-batches of it.
-
-    A training source goes on where its state says; one for evaluation yields every row once at each iteration.
-    """
-
-    examples: Dataset
-    """The rows it draws from."""
-    total_steps: int | None
-    """Optimizer steps of the whole run from step 0, as the config asks; None for an evaluation source."""
-
-    def __iter__(self) -> Iterator[Sequence[Batch]]: ...
-    def describe(self, batch: Batch) -> str:
-        """Where the rows of a batch came from, for messages."""
-
-
 class ModelOptions(Record):
-    """What plugins ask of a model before it is loaded. `empty`: build on meta, another process sends the weights."""
+    """What plugins ask of a model before it is loaded.
+
+    Attributes:
+        empty: build on meta, another process sends the weights.
+        classify: in place of the next token the model predicts `labels` numbers, for a `sequence` or for each `token`.
+    """
 
     dtype: str | None = None
     attention: str | None = None
@@ -199,6 +90,8 @@ class ModelOptions(Record):
     quantization: object | None = None
     keep_packed: tuple[str, ...] | None = None
     empty: bool | None = None
+    classify: Literal["sequence", "token"] | None = None
+    labels: int | None = None
 
 
 class ModelRequest(Record):
@@ -213,14 +106,17 @@ class ModelRequest(Record):
 
 
 class Outputs(Record):
-    """What one forward returned: the fields that were asked for, the others None. `_N` follows `Batch.trained_N`."""
+    """What one forward returned: the fields that were asked for, the others None. `_N` follows `Batch.trained_N`.
+
+    `values_BTC`: what a model with a head of C labels predicts at each token.
+    """
 
     logps_N: Tensor | None = None
     entropy_N: Tensor | None = None
     logits_NV: Tensor | None = None
     hidden_BTH: Tensor | None = None
     router_logits: tuple[Tensor, ...] | None = None
-    values_BT: Tensor | None = None
+    values_BTC: Tensor | None = None
 
 
 class Placement(Protocol):
@@ -250,6 +146,7 @@ class Model(Record):
         compute: `compute(module, batch, needs)` runs one forward and returns what was asked for.
         traits: `causal`, `moe`, `sliding_window`, `tied_head` ...: so that nobody asks for a model type.
         adapter: the export format of the adapter applied (`peft`), or None; without one the export format is `format`.
+        without_adapter: within it the module computes as it did before the adapter was applied; None without one.
         placement, forward: set by `place_model`; `forward(batch, needs)` runs `compute` on the placed module.
     """
 
@@ -261,6 +158,7 @@ class Model(Record):
     role: Role = "policy"
     traits: frozenset[str] = frozenset()
     adapter: str | None = None
+    without_adapter: Callable[[], AbstractContextManager[None]] | None = None
     placement: Placement | None = None
     forward: Callable[[Batch, frozenset[Need]], Outputs] | None = None
 
@@ -300,11 +198,14 @@ class SeamChange(Record):
 
 
 class Term(Record):
-    """One term of a loss: its value is the sum of `total` over a step divided by the sum of `count` over it."""
+    """One term of a loss: its value is the sum of `total` over a step divided by the sum of `count` over it.
+
+    `count` may lie on the device, where only that knows it.
+    """
 
     name: str
     total: Tensor
-    count: float
+    count: float | Tensor
     weight: float = 1.0
 
 
@@ -318,7 +219,8 @@ class LossOutput(Record):
 class Loss(Protocol):
     """A loss declares what it needs and never calls the model. `scope = "batch"`: it needs a whole batch at once.
 
-    An attribute `uniform = True` promises one gradient for all trained log-probabilities, so that a head may use it.
+    An attribute `uniform = True` promises one gradient for all trained log-probabilities, so that a head may use it;
+    `extras`, a set of names, says what it needs of `Batch.extra`: some active plugin declares each as an item `extra`.
     """
 
     needs: frozenset[Need]

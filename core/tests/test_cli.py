@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from pegbox import __version__
-from pegbox.discovery import discover
 
 
 def typed(*arguments: str, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -52,11 +51,6 @@ def test_help_imports_no_plugin_and_nothing_slow(site) -> None:
         == set()
     )
     assert not any(name.startswith("pegbox_") for name in modules)
-
-
-def test_listing_plugins_imports_none(site, here) -> None:
-    site.install("dist-bad", plugins={"bad": "bad_code:Plugin"}, files={"bad_code.py": "raise OSError('no gpu')"})
-    assert modules_after("plugins", path=site.folder) & {"bad_code", "torch", "transformers"} == set()
 
 
 def test_a_plan_imports_the_listed_plugins_and_no_torch(site, here) -> None:
@@ -115,7 +109,7 @@ def test_version_is_that_of_the_core(pegbox) -> None:
 
 def test_without_arguments_there_is_help(pegbox) -> None:
     ended = pegbox()
-    for command in ("run", "plan", "plugins", "version"):
+    for command in ("run", "plan", "version"):
         assert command in ended.out + ended.err
 
 
@@ -162,25 +156,6 @@ def test_options_may_stand_before_and_after_the_overrides(whole, pegbox) -> None
     for arguments in (("--json", "c.yaml", "seed=3"), ("c.yaml", "--json", "seed=3"), ("c.yaml", "seed=3", "--json")):
         config = json.loads(pegbox("plan", *arguments).out)["config"]
         assert {"key": "seed", "value": 3, "from": "command line"} in config
-
-
-def test_installed_plugins_are_listed_with_distribution_and_object(site, pegbox) -> None:
-    site.plugin("zulu", version="3.1")
-    site.plugin("alpha")
-    lines = [line.split() for line in pegbox("plugins").out.splitlines()]
-    assert ["zulu", "dist-zulu", "3.1", "plugin_of_zulu:Plugin"] in lines
-    names = [line[0] for line in lines if line and line[0] in discover()]
-    assert names == sorted(names)
-    (listed,) = [entry for entry in json.loads(pegbox("plugins", "--json").out) if entry["name"] == "zulu"]
-    assert listed["distribution"] == "dist-zulu"
-    assert listed["version"] == "3.1"
-    assert listed["value"] == "plugin_of_zulu:Plugin"
-
-
-def test_both_distributions_of_a_name_are_listed(site, pegbox) -> None:
-    for number in (1, 2):
-        site.install(f"twin-{number}", plugins={"twin": f"twin_{number}:Plugin"})
-    assert pegbox("plugins").out.count("twin-") == 2
 
 
 # ---- commands of plugins ----

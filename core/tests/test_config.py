@@ -331,16 +331,16 @@ SECTION = st.fixed_dictionaries(
     section=SECTION,
     seed=st.integers(0, 2**63),
     output=NAMES.filter(lambda name: name[0] != "~"),
-    losses=st.dictionaries(NAMES, st.integers(0, 3), max_size=2),
+    rewards=st.dictionaries(NAMES, st.integers(0, 3), max_size=2),
 )
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_the_resolved_config_read_back_resolves_to_itself(tmp_path, section, seed, output, losses) -> None:
+def test_the_resolved_config_read_back_resolves_to_itself(tmp_path, section, seed, output, rewards) -> None:
     config = {
         "model": {"name": "m"},
         "plugins": ["lora"],
         "seed": seed,
         "output": output,
-        "loss": losses,
+        "rewards": rewards,
         "lora": section,
     }
     first = compose(config, instances={"lora": Lora()}).config

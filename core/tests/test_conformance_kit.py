@@ -17,6 +17,7 @@ from pegbox import hooks
 from pegbox.events import RunFailed, Signal
 from pegbox.hooks import hookimpl
 from pegbox.rollouts import Score
+from pegbox.rows import Extra
 from pegbox.testing import (
     CheckpointConformance,
     CommandConformance,
@@ -35,7 +36,6 @@ from pegbox.testing import (
     tiny_rollouts,
 )
 from pegbox.testing.tiny import tiny_batches as batches_of
-from pegbox.types import Extra
 
 if TYPE_CHECKING:
     from conftest import Site
@@ -459,7 +459,7 @@ def test_the_plain_forward_computes_the_loss_of_transformers(tiny_model: Any, ti
         wanted = tiny_model.module(batch.input_ids_BT, attention_mask=batch.attention_mask_BT, labels=labels).loss
         torch.testing.assert_close(-outputs.logps_N.mean(), wanted)
         assert batch.trained_tokens == len(outputs.entropy_N) == int((labels != -100).sum())
-        assert outputs.hidden_BTH.shape == (*outputs.values_BT.shape, 64)
+        assert outputs.hidden_BTH.shape == (*outputs.values_BTC.shape[:2], 64)
         assert outputs.logits_NV is None, "only what was asked for"
 
 
@@ -469,7 +469,7 @@ def test_padding_and_splitting_keep_every_trained_token_and_every_extra_in_its_p
     batch, _ = batches_of()
     rows, width = batch.input_ids_BT.shape
     extra = {
-        "row": Extra(value=torch.arange(rows), layout="row"),
+        "document": Extra(value=torch.arange(rows), layout="document"),
         "token": Extra(value=torch.arange(rows * width * 2).reshape(rows, width, 2), layout="token"),
         "trained": Extra(value=batch.trained_N.clone(), layout="trained"),
         "global": Extra(value=torch.tensor(7.0), layout="global"),
@@ -480,13 +480,19 @@ def test_padding_and_splitting_keep_every_trained_token_and_every_extra_in_its_p
     padded = pad_batch(batch, 3)
     assert padded.input_ids_BT.shape == padded.attention_mask_BT.shape == (rows, width + 3)
     assert torch.equal(padded.targets_BT.flatten()[padded.trained_N], tokens)
+    assert torch.equal(padded.input_ids_BT.flatten()[padded.last_D], batch.input_ids_BT.flatten()[batch.last_D])
     assert padded.extra["token"].value.shape == (rows, width + 3, 2)
     assert torch.equal(padded.extra["token"].value[:, :width], extra["token"].value)
 
     parts = split_batch(batch)
     assert [part.rows for part in parts] == [(row,) for row in batch.rows]
     assert torch.equal(torch.cat([part.targets_BT.flatten()[part.trained_N] for part in parts]), tokens)
-    for name in ("row", "token", "trained"):
+    for part in parts:
+        assert part.document_N.tolist() == [0] * part.trained_tokens
+        assert part.last_D.tolist() == [int(part.attention_mask_BT.sum()) - 1]
+    joined_N = torch.cat([part.document_N + at for at, part in enumerate(parts)])
+    assert torch.equal(joined_N, batch.document_N)
+    for name in ("document", "token", "trained"):
         assert torch.equal(torch.cat([part.extra[name].value for part in parts]), extra[name].value), name
     assert all(part.extra["global"] is extra["global"] for part in parts)
     assert [len(part.rows) for part in split_batch(batch, 2)] == [2, 1]

@@ -1,4 +1,4 @@
-"""`pegbox plugins new`: for every hook a package that is clean, conforms and works; a run can be made of them."""
+"""What `make_plugin` makes: for every hook a package that is clean, conforms and works; a run can be made of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pegbox.testing import run_config, tiny_batches, tiny_model, tiny_processor
 from pegbox.types import ExportRequest, Item, ModelRequest
 
 if TYPE_CHECKING:
-    from conftest import Exit, Site
+    from conftest import Site
     from pegbox.context import Context
 
 NAMES = ("x1", "sample-reward", "a-rather-long-name-indeed")
@@ -132,6 +132,14 @@ def test_an_unknown_hook_names_the_nearest(tmp_path: Path) -> None:
         make_plugin("tally", "score_rollout", tmp_path)
 
 
+def test_it_says_what_was_made_and_what_to_type_next(tmp_path: Path) -> None:
+    said = make_plugin("tally", "on_event", tmp_path)
+    package = tmp_path / "pegbox-tally"
+    assert (package / "pegbox_tally" / "__init__.py").is_file()
+    assert f"pip install -e '{package}[testing]'" in said
+    assert f"pytest {package}" in said
+
+
 def test_a_package_that_exists_is_left_as_it_is(tmp_path: Path) -> None:
     make_plugin("tally", "on_event", tmp_path)
     readme = tmp_path / "pegbox-tally" / "README.md"
@@ -139,17 +147,6 @@ def test_a_package_that_exists_is_left_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="exists already"):
         make_plugin("tally", "on_event", tmp_path)
     assert readme.read_text() == "mine"
-
-
-def test_the_command_says_what_it_made_and_what_to_type_next(here: Path, pegbox: Callable[..., Exit]) -> None:
-    made = pegbox("plugins", "new", "tally", "--hook", "on_event")
-    assert made.code == 0, made.err
-    assert (here / "pegbox-tally" / "pegbox_tally" / "__init__.py").is_file()
-    assert "pip install -e 'pegbox-tally[testing]'" in made.out
-    assert "pytest pegbox-tally" in made.out
-    again = pegbox("plugins", "new", "tally", "--hook", "on_event")
-    assert again.code == 2
-    assert "exists already" in again.err
 
 
 def test_the_readme_lists_every_setting_with_default_and_unit(tmp_path: Path) -> None:

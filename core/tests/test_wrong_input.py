@@ -237,8 +237,6 @@ CASES = {
         ("run", "c.yaml", "resume=step-3"),
         {"out/run.json": "{}"},
     ),
-    # making a plugin
-    "new-without-a-hook": Case(None, ("--hook",), ("plugins", "new", "tally")),
 }
 
 ADAPT_CODE = """

@@ -267,7 +267,9 @@ def test_on_a_gpu_a_step_gives_the_same_bits_again_and_can_be_captured(trained: 
 
     def step() -> list[torch.Tensor]:
         logps = linear_token_logprobs(hidden, weight, targets, uniform=True, logits_bytes=64 << 20).logps
-        return [logps, *torch.autograd.grad(-logps.sum(), leaves)]
+        # Without its graph, which keeps the node of a leaf and with it the stream that it was made in: a capture in
+        # another stream, which would have to wait for that, is refused.
+        return [logps.detach(), *torch.autograd.grad(-logps.sum(), leaves)]
 
     expected = step()
     torch.testing.assert_close(step(), expected, rtol=0, atol=0, msg=lambda text: f"again: {text}")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from code_lines import code_lines, core_files
 
-CORE_CODE_LINES = 1500
+CORE_CODE_LINES = 1550
 STORY_LINES = 80
 FUNCTION_LINES = 60
 TRITON_KERNEL_LINES = 120
@@ -39,7 +39,7 @@ def test_a_statement_counts_its_lines_and_a_docstring_or_comment_none() -> None:
     assert code_lines(f'"""Doc."""\n\nx = 1  # why\n# comment\n{function}') == 5
 
 
-def test_the_core_is_at_most_1500_code_lines(root: Path) -> None:
+def test_the_core_is_at_most_1550_code_lines(root: Path) -> None:
     lines = {path: code_lines(path.read_text()) for path in core_files(root)}
     listing = "\n".join(f"{count:5} {path.relative_to(root)}" for path, count in lines.items())
     assert sum(lines.values()) <= CORE_CODE_LINES, f"{sum(lines.values())} code lines:\n{listing}"

@@ -102,7 +102,7 @@ def main() -> None:
     floor, times = multiples(commands, repeats)
     step, observers = kernel_step()
     rows = [
-        ("core, code lines", f"{lines:,}", "<= 1,500"),
+        ("core, code lines", f"{lines:,}", "<= 1,550"),
         ("third-party dependencies of the core", f"{len(dependencies)}", "<= 4"),
         ("pegbox --help", f"{times['pegbox --help']:.1f} x python -c pass", "<= 12 x"),
         ("pegbox plan, quickstart", f"{times['pegbox plan, quickstart']:.1f} x python -c pass", "<= 25 x"),

@@ -51,7 +51,7 @@ class Rows:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> Any:
-        from pegbox.types import Example
+        from pegbox.rows import Example
 
         ids = self.ids[index].tolist()
         return Example(input_ids=ids, labels=ids)

@@ -29,8 +29,9 @@ from children import Failed, answer
 from pegbox.events import Event, RunStarted, Stepped
 from pegbox.hooks import hookimpl
 from pegbox.plan import compose
+from pegbox.rows import Example
 from pegbox.run import execute
-from pegbox.types import Example, Item, Model, ModelOptions, Processor
+from pegbox.types import Item, Model, ModelOptions, Processor
 from pegbox_memory.estimate import estimate
 from step_cases import filled
 from step_watch import device

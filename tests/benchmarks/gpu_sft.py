@@ -28,8 +28,9 @@ import torch
 from pegbox.events import Event, GradientsReady, RunStarted, Stepped
 from pegbox.hooks import hookimpl
 from pegbox.plan import compose
+from pegbox.rows import Example
 from pegbox.run import execute
-from pegbox.types import Example, Item, Model, Processor
+from pegbox.types import Item, Model, Processor
 
 LENGTH, MICRO_BATCH, ROWS, ROWS_PER_STEP, BINS_PER_STEP = 4096, 4, 192, 32, 4
 VOCABULARY = 151936

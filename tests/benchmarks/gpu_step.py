@@ -133,7 +133,7 @@ class Synthetic:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Any:
-        from pegbox.types import Example
+        from pegbox.rows import Example
 
         return Example(input_ids=self.rows[index], labels=self.rows[index])
 

@@ -24,8 +24,9 @@ import torch
 from pegbox.events import Event, GradientsReady, Logged, Stepped
 from pegbox.hooks import hookimpl
 from pegbox.plan import compose
+from pegbox.rows import Example, Examples
 from pegbox.run import execute
-from pegbox.types import Example, Examples, Item, Processor
+from pegbox.types import Item, Processor
 
 LENGTH, MICRO_BATCH, ACCUMULATION, STEPS, WARM, LOG_EVERY = 1024, 8, 2, 60, 20, 10
 VOCABULARY = 49152

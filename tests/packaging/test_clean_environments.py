@@ -98,6 +98,8 @@ def test_all_extras_from_wheels_plan_the_quickstart(
     environment.install("pegbox[all]", options=("--no-index", "--find-links", str(wheels["pegbox"].parent)))
     assert environment.distributions("pegbox") == set(wheels)
     assert environment.plugins() == {name for member in members for name in member.plugins}
+    listed = json.loads(environment.run("pegbox", "plugins", "--json"))
+    assert {plugin["name"] for plugin in listed} == environment.plugins()
     assert "lora" in environment.run("pegbox", "plan", quickstart)
 
     (environment.site / "pegbox_lora-0.1.0.dist-info").rename(environment.folder / "uninstalled")
@@ -153,8 +155,8 @@ def test_a_plugin_of_an_outsider_is_found_planned_and_conforms(
 def test_the_scaffold_makes_a_plugin_for_each_hook_that_builds_installs_and_conforms(
     environment: Environment, build: Callable[..., list[Path]], wheels: dict[str, Path]
 ) -> None:
-    environment.lend(["pegbox-core[testing]", "torch", "transformers"])
-    environment.install(wheels["pegbox-core"])
+    environment.lend(["pegbox-core[testing]", "pegbox-doctor", "torch", "transformers"])
+    environment.install(wheels["pegbox-core"], wheels["pegbox-doctor"])
     names = {f"my-{hook.replace('_', '-')}" for hook in SPECS}
     for hook in SPECS:
         environment.run("pegbox", "plugins", "new", f"my-{hook.replace('_', '-')}", "--hook", hook)

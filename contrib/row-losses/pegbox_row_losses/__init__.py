@@ -12,7 +12,8 @@ from pegbox.types import ConfigSection
 if TYPE_CHECKING:
     from pegbox.context import Context
     from pegbox.events import Event
-    from pegbox.types import Examples, Loss
+    from pegbox.rows import Examples
+    from pegbox.types import Loss
 
     from pegbox_row_losses.ledger import Ledger
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from pegbox.types import Batch
+    from pegbox.rows import Batch
     from torch import Tensor
 
 SUMS = ("loss", "tokens", "last_loss", "last_tokens")

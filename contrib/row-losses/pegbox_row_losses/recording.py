@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pegbox.errors import PluginError
-from pegbox.types import Batch, LossOutput, Outputs, Stateful
+from pegbox.record import Stateful
+from pegbox.rows import Batch
+from pegbox.types import LossOutput, Outputs
 
 if TYPE_CHECKING:
     from pegbox.types import Loss

@@ -11,7 +11,7 @@ from pegbox_row_losses.ledger import RowLoss, merge
 
 if TYPE_CHECKING:
     from pegbox.context import Context
-    from pegbox.types import Examples
+    from pegbox.rows import Examples
 
 FILE = "row_losses.jsonl"
 DIGITS = 6

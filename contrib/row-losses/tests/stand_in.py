@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 from pegbox.hooks import hookimpl
+from pegbox.rows import UNTRAINED, Example
 from pegbox.testing import TinyExamples, tiny_model, tiny_processor
-from pegbox.types import UNTRAINED, Example, Item, LossOutput, Optimization, Term
+from pegbox.types import Item, LossOutput, Optimization, Term
 
 WORDS = ("alpha", "be", "gamma ray", "d", "epsilon and more of it", "zeta", "eta, eta", "theta rho")
 TEXTS = tuple(f"{number}: {word}" for number, word in enumerate(WORDS))

@@ -7,8 +7,8 @@ import torch
 from pegbox import hooks
 from pegbox.errors import PluginError
 from pegbox.plan import compose
+from pegbox.rows import Batch
 from pegbox.testing import FakeRuntime, tiny_batches, tiny_model
-from pegbox.types import Batch
 from pegbox_row_losses.config import RowLossesConfig
 from pegbox_row_losses.ledger import Ledger, RowLoss, merge
 from pegbox_row_losses.recording import record

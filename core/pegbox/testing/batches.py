@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from pegbox.rows import UNTRAINED, Batch, Extra
 from pegbox.testing.libraries import torch
-from pegbox.types import UNTRAINED, Batch, Extra
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,9 @@ def pad_batch(batch: Batch, columns: int) -> Batch:
     if batch.cu_seqlens_S is not None:
         raise ValueError("a packed batch has no padding to lengthen")
     width = batch.input_ids_BT.shape[1]
-    row, column = batch.trained_N // width, batch.trained_N % width
+
+    def shifted(places: Tensor | None) -> Any:
+        return None if places is None else places // width * (width + columns) + places % width
 
     def wider(tensor: Tensor | None, value: int = 0) -> Any:
         return None if tensor is None else _pad(tensor, (0, columns), value)
@@ -33,7 +35,8 @@ def pad_batch(batch: Batch, columns: int) -> Batch:
         batch,
         input_ids_BT=wider(batch.input_ids_BT),
         targets_BT=wider(batch.targets_BT, UNTRAINED),
-        trained_N=row * (width + columns) + column,
+        trained_N=shifted(batch.trained_N),
+        last_D=shifted(batch.last_D),
         attention_mask_BT=wider(batch.attention_mask_BT),
         position_ids_BT=wider(batch.position_ids_BT),
         extra={name: _pad_extra(extra, columns) for name, extra in batch.extra.items()},
@@ -65,20 +68,27 @@ def split_batch(batch: Batch, rows: int = 1) -> list[Batch]:
 def _rows_of(batch: Batch, start: int, rows: int) -> Batch:
     stop, width = start + rows, batch.input_ids_BT.shape[1]
     inside = (batch.trained_N >= start * width) & (batch.trained_N < stop * width)
+    documents: Any = slice(start, stop)
+    document_N, last_D = batch.document_N, batch.last_D
+    if document_N is not None and last_D is not None:
+        documents = (last_D >= start * width) & (last_D < stop * width)
+        document_N, last_D = document_N[inside] - int(documents[: len(last_D)].nonzero()[:1].sum()), last_D[documents]
 
     def part(tensor: Tensor | None) -> Any:
         return None if tensor is None else tensor[start:stop]
 
     def part_of_extra(extra: Extra) -> Extra:
-        if extra.layout == "global":
-            return extra
-        return replace(extra, value=extra.value[inside] if extra.layout == "trained" else part(extra.value))
+        kept = {"trained": inside, "document": documents, "token": slice(start, stop)}.get(extra.layout)
+        return extra if kept is None else replace(extra, value=extra.value[kept])
 
     return replace(
         batch,
         input_ids_BT=part(batch.input_ids_BT),
         targets_BT=part(batch.targets_BT),
         trained_N=batch.trained_N[inside] - start * width,
+        document_N=document_N,
+        last_D=None if last_D is None else last_D - start * width,
+        sign_D=None if batch.sign_D is None else batch.sign_D[documents],
         attention_mask_BT=part(batch.attention_mask_BT),
         position_ids_BT=part(batch.position_ids_BT),
         rows=batch.rows[start:stop],

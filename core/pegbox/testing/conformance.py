@@ -33,7 +33,8 @@ from pegbox.testing.tiny import TinyExamples, plain_model, tiny_batches, tiny_mo
 if TYPE_CHECKING:
     from pegbox.context import Context
     from pegbox.rollouts import RolloutBatch
-    from pegbox.types import Batch, Loss, Model
+    from pegbox.rows import Batch
+    from pegbox.types import Loss, Model
 
 KIT = __name__
 

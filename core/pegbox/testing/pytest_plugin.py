@@ -11,8 +11,9 @@ import pytest
 
 if TYPE_CHECKING:
     from pegbox.context import Context
+    from pegbox.rows import Batch
     from pegbox.testing.runtime import FakeRuntime
-    from pegbox.types import Batch, Model
+    from pegbox.types import Model
 
 Composer = Callable[..., "Context"]
 

@@ -14,9 +14,11 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from pegbox.record import Json
 from pegbox.rollouts import Rollout, RolloutBatch
+from pegbox.rows import UNTRAINED, Batch, Example, Split
 from pegbox.testing.libraries import torch, transformers
-from pegbox.types import UNTRAINED, Batch, Example, Json, Model, Need, Outputs, Processor, Split
+from pegbox.types import Model, Need, Outputs, Processor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,7 +115,7 @@ def _asked_for(hidden_BTH: Tensor | None, logits_BTV: Tensor, batch: Batch, need
         entropy_N=-(logps_NV.exp() * logps_NV).sum(-1) if "entropy" in needs else None,
         logits_NV=logits_NV if "logits" in needs else None,
         hidden_BTH=hidden_BTH if "hidden" in needs else None,
-        values_BT=hidden_BTH.float().mean(-1) if hidden_BTH is not None and "values" in needs else None,
+        values_BTC=hidden_BTH.float().mean(-1, keepdim=True) if hidden_BTH is not None and "values" in needs else None,
     )
 
 
@@ -157,7 +159,7 @@ def tiny_batches(rows: int = 3, seed: int = 0) -> list[Batch]:
 
 
 def collate(examples: Sequence[Example], rows: tuple[int, ...] = ()) -> Batch:
-    """Examples as one padded batch."""
+    """Examples of one document each as one padded batch; their signs are those of the documents."""
     width = max(len(example.input_ids) for example in examples)
     input_ids_BT = torch().full((len(examples), width), PAD)
     targets_BT = torch().full_like(input_ids_BT, UNTRAINED)
@@ -167,17 +169,22 @@ def collate(examples: Sequence[Example], rows: tuple[int, ...] = ()) -> Batch:
         input_ids_BT[row, :length] = torch().tensor(example.input_ids)
         targets_BT[row, : length - 1] = torch().tensor(example.labels)[1:]
         mask_BT[row, :length] = 1
+    trained_N = (targets_BT.flatten() != UNTRAINED).nonzero()[:, 0]
+    signs = [sign for example in examples for sign in example.signs]
     return Batch(
         input_ids_BT=input_ids_BT,
         targets_BT=targets_BT,
-        trained_N=(targets_BT.flatten() != UNTRAINED).nonzero()[:, 0],
+        trained_N=trained_N,
         attention_mask_BT=mask_BT,
+        document_N=trained_N // width,
+        last_D=torch().arange(len(examples)) * width + mask_BT.sum(1) - 1,
+        sign_D=torch().tensor(signs, dtype=torch().int8) if signs else None,
         rows=rows,
     )
 
 
 class TinyExamples:
-    """Rows given as texts (`pegbox.types.Examples`), one token per byte; every token is trained."""
+    """Rows given as texts (`pegbox.rows.Examples`), one token per byte; every token is trained."""
 
     def __init__(self, texts: Sequence[str], split: Split = "train") -> None:
         self.split: Split = split

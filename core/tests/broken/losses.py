@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pegbox.types import Batch, LossOutput, Model, Outputs, Term
+from pegbox.rows import Batch
+from pegbox.types import LossOutput, Model, Outputs, Term
 
 
 class SoundLoss:

@@ -97,8 +97,8 @@ def attention(
         scale: of the scores; 1 / sqrt(D) if None.
         causal: a token sees itself and those before it; False: its whole document.
         window: a token sees itself and the `window` - 1 tokens before it; causal only.
-        deterministic: the same bits in every run. Otherwise atomics may sum the gradient of q, though not on Hopper or
-            data-center Blackwell; outputs, the other gradients, and short windows have the same bits always.
+        deterministic: the same bits in every run. Otherwise the gradient of q may be added in no certain order, where
+            that is faster (README.md); outputs, the other gradients, and short windows have the same bits always.
 
     Returns:
         `Attended`: outputs (T, H, D) and lse (H, T) fp32, natural logarithm, both differentiable once.

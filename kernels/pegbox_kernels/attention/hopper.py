@@ -45,7 +45,7 @@ LOG2E = gl.constexpr(tiles.LOG2E.value)
 LN2 = gl.constexpr(tiles.LN2.value)
 LOWEST = gl.constexpr(tiles.LOWEST.value)
 # Until Triton 3.6, and since.
-_fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 
 class Crew(NamedTuple):
@@ -76,17 +76,17 @@ def _load_tiles(
     for i in gl.static_range(CONSUMERS):
         token, head = _unit(i, bundle, kv_head, start, end, GROUP, CONSUMERS)
         mbarrier.expect(q_full.index(i), q_of.block_type.nbytes)
-        _fetch(q_of, [head, token, 0], q_full.index(i), q_tiles.index(i))
+        fetch(q_of, [head, token, 0], q_full.index(i), q_tiles.index(i))
     for j in range(tiles):
         stage = j % STAGES
         phase = (j // STAGES) & 1
         key = (tiles - 1 - j) * KEYS
         mbarrier.wait(k_free.index(stage), phase ^ 1)
         mbarrier.expect(k_full.index(stage), k_of.block_type.nbytes)
-        _fetch(k_of, [kv_head, key, 0], k_full.index(stage), k_tiles.index(stage))
+        fetch(k_of, [kv_head, key, 0], k_full.index(stage), k_tiles.index(stage))
         mbarrier.wait(v_free.index(stage), phase ^ 1)
         mbarrier.expect(v_full.index(stage), v_of.block_type.nbytes)
-        _fetch(v_of, [kv_head, key, 0], v_full.index(stage), v_tiles.index(stage))
+        fetch(v_of, [kv_head, key, 0], v_full.index(stage), v_tiles.index(stage))
 
 
 @gluon.jit
@@ -274,22 +274,22 @@ def hopper_forward_kernel(
 
 def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether descriptors can read the tensors."""
-    return _readable(q) and _readable(k) and _readable(v)
+    return readable(q) and readable(k) and readable(v)
 
 
-def _readable(tensor: Tensor) -> bool:
+def readable(tensor: Tensor) -> bool:
     """By a TMA descriptor: steps below 2^40 bytes, multiples of 16 but the innermost; sizes below 2^32."""
     size = tensor.element_size()
     aligned = tensor.data_ptr() % 16 == 0 and all(step * size % 16 == 0 for step in tensor.stride()[:2])
     return aligned and tensor.stride(2) == 1 and min(tensor.stride()[:2]) > 0 and tensor.numel() > 0
 
 
-def _described(tensor: Tensor, rows: int) -> TensorDescriptor:
-    """(tokens, heads, head_dim) in blocks of `rows` tokens of one head, zeros after the last token."""
+def described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """(tokens, heads, head_dim) in blocks of `rows` tokens and some columns of one head, zeros after the last token."""
     tokens, heads, width = tensor.shape
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * tensor.element_size(), rank=3)
     steps = [tensor.stride(1), tensor.stride(0), 1]
-    return TensorDescriptor(tensor, [heads, tokens, width], steps, [1, rows, width], layout)
+    return TensorDescriptor(tensor, [heads, tokens, width], steps, [1, rows, columns], layout)
 
 
 def forward(
@@ -299,9 +299,9 @@ def forward(
     granules = quotient(shape.tokens, GRANULE.value)
     bundles = quotient(GRANULE.value // ROWS.value * shape.group, crew.consumers)
     hopper_forward_kernel[(granules * bundles * shape.kv_heads,)](
-        _described(q, ROWS.value),
-        _described(k, crew.keys),
-        _described(v, crew.keys),
+        described(q, ROWS.value, shape.head_dim),
+        described(k, crew.keys, shape.head_dim),
+        described(v, crew.keys, shape.head_dim),
         lse if sinks is None else sinks,
         out,
         lse,

@@ -18,19 +18,22 @@ from pegbox_kernels.attention import tiles, window_backward, window_forward
 from pegbox_kernels.attention import triton as kernels
 from pegbox_kernels.attention.window_backward import Columns
 from pegbox_kernels.attention.window_forward import Rows
-from pegbox_kernels.dispatch import on_device_of, power_of_two, quotient
+from pegbox_kernels.dispatch import _Mode, on_device_of, power_of_two, quotient
 
 try:
-    from pegbox_kernels.attention import hopper
+    from pegbox_kernels.attention import hopper, hopper_backward
     from pegbox_kernels.attention.hopper import Crew
-except ImportError:  # Triton without Gluon, or with another Gluon than was known.
+    from pegbox_kernels.attention.hopper_backward import Gather
+except (ImportError, AttributeError):  # Triton without Gluon, or with another Gluon than was known.
     hopper = None  # type: ignore[assignment]
 
 GRANULE: int = tiles.GRANULE.value
 MANY = 4096
-"""Tokens from which the forward of Hopper is faster: below, its programs are too few."""
+"""Tokens from which the kernels of Hopper are taken: below, their programs are too few."""
 CREWS = {} if hopper is None else {64: Crew(3, 128, 4), 128: Crew(2, 128, 2)}
 """By head_dim. Of the registers of a multiprocessor, three warpgroups have 160 a thread each, two 240."""
+GATHERS = {} if hopper is None else {64: Gather(128, 2), 128: Gather(64, 2)}
+"""By head_dim; both take 194 KiB of shared memory."""
 Way: TypeAlias = Literal["atomic", "ordered"]
 
 
@@ -62,7 +65,8 @@ class Short(NamedTuple):
 class Launch:
     """The launches of a call: `queries` is the dQ kernel, `keys` that of dK and dV.
 
-    `short` has them for the ways of short windows, `crew` the forward of Hopper, which takes one document.
+    `short` has them for the ways of short windows. For one document on Hopper `crew` has the forward, and `gather` the
+    backward that adds dQ in no certain order; who asks for the same bits has none.
     """
 
     forward: Tile
@@ -71,6 +75,7 @@ class Launch:
     way: Way
     short: Short | None = None
     crew: Crew | None = None
+    gather: Gather | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +111,7 @@ class Shape:
 
 def default_launch(shape: Shape, deterministic: bool) -> Launch:
     """The table: sizes for Hopper are measured (README.md), others chosen by what compiles without spills."""
-    active = None if tiles.INTERPRETED.value else driver.active
+    active = None if tiles.INTERPRETED.value and not _Mode.allocating else driver.active
     return _default_launch(active, None if active is None else active.get_current_device(), shape, deterministic)
 
 
@@ -122,15 +127,15 @@ def _default_launch(active: DriverBase | None, device: object, shape: Shape, det
         way: Way = "ordered" if deterministic or shape.short else "atomic"
         return _smaller(shape, way, 4 if target is not None and target.backend == "hip" else 8)
     launch = _large(shape)
-    hopper = target is not None and target.arch == 90
-    if hopper and shape.window is None and shape.tokens >= MANY and shape.head_dim in CREWS:
-        return replace(launch, crew=CREWS[shape.head_dim])
-    return launch
+    if target is None or target.arch != 90 or shape.window is not None or shape.tokens < MANY:
+        return launch
+    gather = None if deterministic else GATHERS.get(shape.head_dim)
+    return replace(launch, crew=CREWS.get(shape.head_dim), gather=gather)
 
 
 def _large(shape: Shape) -> Launch:
-    """Measured on an H100 for heads of 64 and 128. Sums in registers and seven products beat five with atomics, so the
-    ordered way is also the fastest.
+    """Measured on an H100 for heads of 64 and 128. In plain Triton sums in registers and seven products beat five with
+    atomics.
     """
     two = shape.packed(2)
     if shape.width <= 64:
@@ -264,18 +269,16 @@ def backward(saved: Saved, shape: Shape, launch: Launch) -> tuple[Tensor, Tensor
     like = {"dtype": saved.q.dtype, "device": saved.q.device}
     dk, dv = torch.empty(saved.k.shape, **like), torch.empty(saved.v.shape, **like)
     if saved.q.numel() == 0:
-        return (
-            torch.empty(saved.q.shape, **like),
-            dk,
-            dv,
-            None if saved.sinks is None else torch.zeros_like(saved.sinks),
-        )
+        dsinks = None if saved.sinks is None else torch.zeros_like(saved.sinks)
+        return torch.empty(saved.q.shape, **like), dk, dv, dsinks
     with on_device_of(saved.q):
         if launch.short is not None:
             sizes = (launch.short.rows.tokens, launch.short.columns.keys)
             blocks = (_blocks(saved.table, shape.tokens, sizes[0]), _blocks(saved.table, shape.tokens, sizes[1]))
             short = launch.short
             dq, dsinks = window_backward.backward(saved, dk, dv, shape, short.rows, short.columns, blocks)
+        elif launch.gather is not None and hopper_backward.fits(saved, shape, launch.gather):
+            dq, dsinks = hopper_backward.backward(saved, dk, dv, shape, launch.gather)
         elif launch.way == "atomic":
             stats, dsinks = _prepare(saved, shape)
             total = torch.zeros(saved.q.shape, dtype=torch.float32, device=saved.q.device)
@@ -290,9 +293,8 @@ def backward(saved: Saved, shape: Shape, launch: Launch) -> tuple[Tensor, Tensor
 
 def partial_sums(saved: Saved, shape: Shape, blocks: int) -> Tensor:
     """(H, blocks) for the gradient of the sinks."""
-    return torch.empty(
-        shape.heads, blocks if saved.sinks is not None else 0, dtype=torch.float32, device=saved.q.device
-    )
+    size = (shape.heads, blocks if saved.sinks is not None else 0)
+    return torch.empty(*size, dtype=torch.float32, device=saved.q.device)
 
 
 def _prepare(saved: Saved, shape: Shape) -> tuple[Tensor, Tensor]:

@@ -340,5 +340,5 @@ SPEC = OpSpec(
     workloads=WORKLOADS,
     contenders=_contenders,
     variants=_variants,
-    spilling=frozenset({"keys_kernel", "hopper_forward_kernel"}),
+    spilling=frozenset({"keys_kernel", "hopper_forward_kernel", "hopper_backward_kernel"}),
 )

@@ -71,7 +71,9 @@ def _backward(shape: Shape, default: Launch) -> Iterator[Launch]:
             yield replace(default, short=Short(ROWS[0], rows.fitted(shape), COLUMNS[0]))
         for columns in COLUMNS[1:]:
             yield replace(default, short=Short(ROWS[0], ROWS[0].fitted(shape), columns))
-    plain, masked = replace(default, short=None), shape.short
+    if default.gather is not None:
+        yield default
+    plain, masked = replace(default, short=None, gather=None), shape.short
     for tokens, keys, warps, stages in ((64, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 3)):
         for way in ("atomic", "ordered"):
             yield replace(plain, way=way, keys=Tile(tokens, 1, keys, warps, stages, masked))
@@ -86,6 +88,8 @@ def _of(launch: Launch, forward: bool) -> str:
         return f"short {_fields(launch.short.forward) if forward else f'{_fields(rows)}; {_fields(columns)}'}"
     if forward:
         return _name(launch.forward) if launch.crew is None else f"crew {_fields(launch.crew)}"
+    if launch.gather is not None:
+        return f"gather {_fields(launch.gather)}"
     queries = f", queries {_name(launch.queries)}" if launch.way == "ordered" else ""
     return f"{launch.way}, keys {_name(launch.keys)}{queries}"
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pegbox.hooks import hookimpl
-from pegbox.types import Batch, Example, ExportRequest, Item, Model, Optimization, Outputs, ParameterGroup, Processor
+from pegbox.rows import Batch, Example
+from pegbox.types import ExportRequest, Item, Model, Optimization, Outputs, ParameterGroup, Processor
 
 VOCABULARY, WIDTH, RATE = 256, 16, 0.5
 TEXTS = tuple(f"row {number} counts to {number * number}" for number in range(16))

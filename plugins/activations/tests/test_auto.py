@@ -15,9 +15,10 @@ from pegbox.errors import ConfigError
 from pegbox.events import GradientsReady, RunStarted, Stepped
 from pegbox.patches import PatchLog
 from pegbox.plan import compose
+from pegbox.rows import Batch
 from pegbox.testing import FakeRuntime
 from pegbox.testing.tiny import tiny_batches, tiny_model
-from pegbox.types import Batch, Model, ModulePatch
+from pegbox.types import Model, ModulePatch
 from pegbox_activations.attention import is_attention
 from pegbox_activations.auto import AutoPolicy, shape_of
 from pegbox_activations.budget import Choice, LayerBytes, Measured, Shape, choose

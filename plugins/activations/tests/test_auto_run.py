@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 from pegbox.hooks import hookimpl
+from pegbox.rows import Example
 from pegbox.testing import run_config
 from pegbox.testing.tiny import tiny_model
-from pegbox.types import Example, Item, Model, Processor
+from pegbox.types import Item, Model, Processor
 
 LAYERS, STEPS = 4, 8
 

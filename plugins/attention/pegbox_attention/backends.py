@@ -177,12 +177,14 @@ def _pegbox(
     from pegbox_kernels.attention import attention
 
     compiling = torch.compiler.is_compiling()  # a table from outside would break the graph
+    one = borders.cu_seqlens_S.shape[0] == 2  # one document is all tokens, for which there are faster kernels
+    documents = borders.cu_seqlens_S if compiling else None if one else masks.table(borders, q_THD.shape[0])
     attended = attention(
         q_THD,
         k_TKD,
         v_TKD,
         sinks_H=sinks_H,
-        cu_seqlens_S=borders.cu_seqlens_S if compiling else masks.table(borders, q_THD.shape[0]),
+        cu_seqlens_S=documents,
         max_seqlen=borders.longest,
         scale=rule.scale,
         causal=True,

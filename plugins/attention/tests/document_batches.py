@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from pegbox.context import Context
 from pegbox.patches import PatchLog
-from pegbox.types import Batch, Model
+from pegbox.rows import Batch
+from pegbox.types import Model
 
 
 @dataclass

@@ -14,9 +14,10 @@ from pegbox import hooks
 from pegbox.context import Context
 from pegbox.hooks import hookimpl
 from pegbox.plan import compose
+from pegbox.rows import Batch, Example
 from pegbox.run import execute
 from pegbox.testing.tiny import tiny_batches
-from pegbox.types import Batch, Example, ExportRequest, Model
+from pegbox.types import ExportRequest, Model
 from pegbox_bnb.config import BnbConfig
 from pegbox_bnb.inspection import quantized_layers
 from pegbox_bnb.quantization import quantization

@@ -10,8 +10,9 @@ import pytest
 import torch
 from pegbox import hooks
 from pegbox.errors import ConfigError, PatchError
+from pegbox.rows import Batch
 from pegbox.testing.tiny import tiny_batches
-from pegbox.types import Batch, Model, Need
+from pegbox.types import Model, Need
 from pegbox_cce import CcePlugin
 from pegbox_cce.projection import call, linear_layers
 

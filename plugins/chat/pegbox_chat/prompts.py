@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from pegbox.errors import DataError
 
 if TYPE_CHECKING:
-    from pegbox.types import Json
+    from pegbox.record import Json
 
     from pegbox_chat.opened import OpenModel
 

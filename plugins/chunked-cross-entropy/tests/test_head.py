@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from pegbox.errors import ConfigError
+from pegbox.rows import Batch
 from pegbox.testing.tiny import tiny_batches
-from pegbox.types import Batch, Model, Need
+from pegbox.types import Model, Need
 from pegbox_chunked_cross_entropy.head import require_chunks
 from torch.utils._python_dispatch import TorchDispatchMode
 

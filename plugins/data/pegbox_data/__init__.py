@@ -16,7 +16,8 @@ from pegbox.types import ConfigSection, Item
 if TYPE_CHECKING:
     from pegbox.context import Context
     from pegbox.events import Event
-    from pegbox.types import Examples, Processor, Split
+    from pegbox.rows import Examples, Split
+    from pegbox.types import Processor
 
     from pegbox_data.loading import Datasets
     from pegbox_data.stream import RowStream

@@ -6,26 +6,22 @@ ranges are trained, the options and the rows say; which tokens these are, `conve
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pegbox.errors import DataError
 from pegbox.section import Section, setting
 from pydantic import JsonValue
 
-from pegbox_data.conversation import Conversation, RefusedError, Wanted
-from pegbox_data.messages import FIELDS, MessageReader, Said, parsed, shown
+from pegbox_data.conversation import Conversation, Wanted
+from pegbox_data.dialogue import rendered, tools_of, variables_of, with_system
+from pegbox_data.messages import FIELDS, MessageReader, Said
 from pegbox_data.template import Talk
 
 if TYPE_CHECKING:
     from pegbox.types import Processor
 
     from pegbox_data.formats import Rendered, Renderer, SourceRow
-    from pegbox_data.template import Message
-
-ABSENT = "absent"
 
 
 class ChatOptions(Section):
@@ -75,10 +71,12 @@ class ChatFormat:
         read = MessageReader(fields, options.roles, options.split_thinking)
 
         def render(row: SourceRow) -> Rendered:
-            said = _with_system(read(row), row.get(fields["system"]), options)
-            tools = _tools(row.get(fields["tools"]), fields["tools"])
-            talk = Talk([one.message for one in said], tools, _variables(row.get(fields["template_kwargs"]), fields))
-            return _rendered(conversation, talk, said, options)
+            system = row.get(fields["system"])
+            said = with_system(read(row), system, options.default_system, drop=options.drop_system)
+            tools = tools_of(row.get(fields["tools"]), fields["tools"])
+            variables = variables_of(row.get(fields["template_kwargs"]), fields["template_kwargs"])
+            talk = Talk([one.message for one in said], tools, variables)
+            return rendered(conversation, talk, _wanted(said, options))
 
         return render
 
@@ -86,21 +84,14 @@ class ChatFormat:
 chat = ChatFormat()
 
 
-def _rendered(conversation: Conversation, talk: Talk, said: Sequence[Said], options: ChatOptions) -> Rendered:
-    wanted = Wanted(
+def _wanted(said: Sequence[Said], options: ChatOptions) -> Wanted:
+    return Wanted(
         _trained(said, options),
         {index: one.marks for index, one in enumerate(said) if one.marks},
         options.train_end_of_turn,
         options.train_end_of_sequence or options.train_end_of_turn,
         options.train_on_inputs,
     )
-    try:
-        return conversation.render(talk, wanted)
-    except RefusedError as refused:
-        for other in _other_layouts(talk):
-            with suppress(RefusedError):
-                return conversation.render(other, wanted)
-        raise refused
 
 
 def _trained(said: Sequence[Said], options: ChatOptions) -> list[int]:
@@ -118,64 +109,3 @@ def _trained(said: Sequence[Said], options: ChatOptions) -> list[int]:
         if one.train if one.train is not None else of_role:
             trained.append(index)
     return trained if options.turns == "all" else trained[-1:]
-
-
-def _with_system(said: list[Said], text: Any, options: ChatOptions) -> list[Said]:
-    """The messages with the row's own or the default system message, or without any."""
-    if text is not None and not isinstance(text, str):
-        raise DataError(f"the system message is {shown(text)}", "It must be a string.", "Write it as text.")
-    if options.drop_system:
-        return [one for one in said if one.message["role"] != "system"]
-    if said[0].message["role"] in ("system", "developer"):
-        return said
-    chosen = text or options.default_system
-    return [Said({"role": "system", "content": chosen}, None, ()), *said] if chosen else said
-
-
-def _tools(value: Any, name: str) -> object:
-    """The tools of a row; each may be a JSON string, and so may the list."""
-    tools = parsed(value, name)
-    if tools is not None and not isinstance(tools, list | tuple):
-        raise DataError(f"'{name}' is {shown(tools)}", "It must be a list of tools.", "Write it as [{...}].")
-    return [parsed(tool, name) for tool in tools] if tools else None
-
-
-def _variables(value: Any, fields: Mapping[str, str]) -> Mapping[str, object]:
-    name = fields["template_kwargs"]
-    variables = parsed(value, name)
-    if variables is None:
-        return {}
-    if not isinstance(variables, Mapping):
-        raise DataError(
-            f"'{name}' is {shown(variables)}", "It holds variables for the template.", "Write it as {name: value}."
-        )
-    # Columnar files give every row every name: those that a row does not set are null.
-    return {key: one for key, one in variables.items() if one is not None}
-
-
-def _other_layouts(talk: Talk) -> Iterator[Talk]:
-    """The same conversation as other templates expect tool calls: a content of null or nothing beside them, arguments
-    as JSON text.
-    """
-    if any(message.get("tool_calls") for message in talk.messages):
-        for texts in (False, True):
-            for content in (ABSENT, None, ""):
-                if texts or content is not ABSENT:
-                    yield talk._replace(messages=[_laid_out(message, content, texts) for message in talk.messages])
-
-
-def _laid_out(message: Message, content: object, texts: bool) -> Message:
-    if not message.get("tool_calls"):
-        return message
-    made = dict(message)
-    if "content" not in made and content is not ABSENT:
-        made["content"] = content
-    if texts:
-        made["tool_calls"] = [_as_text(call) for call in message["tool_calls"]]
-    return made
-
-
-def _as_text(call: Any) -> Any:
-    function = call.get("function", call)
-    made = {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
-    return {**call, "function": made} if "function" in call else made

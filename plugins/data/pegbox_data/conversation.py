@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -91,16 +92,10 @@ class Conversation:
 
     def render(self, talk: Talk, wanted: Wanted) -> Rendered:
         """The conversation as text, with what is trained of it."""
-        try:
+        with self._refusals(talk):
             text, blocks = (
                 self.template.render_marked(talk) if self.template.has_markers else (self.template.render(talk), [])
             )
-        except RenderError as error:
-            raise RefusedError(
-                f"{self.template.name} refuses the row: {error}",
-                f"Its roles are: {', '.join(str(message['role']) for message in talk.messages)}.",
-                "Change the row to what the template accepts.",
-            ) from error
         rendering = Rendering(self.template, talk, text, blocks, self.ends, self.twins)
         notes = list(self._vanished(rendering))
         if not wanted.messages:
@@ -121,6 +116,25 @@ class Conversation:
         return Rendered(
             text, spans, notes=tuple(notes), everywhere=tuple(sorted(self.end_ids[token] for token in everywhere))
         )
+
+    def render_prompt(self, talk: Talk) -> Rendered:
+        """The conversation as text, followed by what invites the assistant to speak; nothing of it is trained."""
+        with self._refusals(talk):
+            text = self.template.render(talk, prompt=True)
+        rendering = Rendering(self.template, talk, text, (), self.ends)
+        return Rendered(text, [], notes=tuple(self._vanished(rendering)), prompt=True)
+
+    @contextmanager
+    def _refusals(self, talk: Talk) -> Iterator[None]:
+        """Around a rendering: what the template refuses, as an error of the row."""
+        try:
+            yield
+        except RenderError as error:
+            raise RefusedError(
+                f"{self.template.name} refuses the row: {error}",
+                f"Its roles are: {', '.join(str(message['role']) for message in talk.messages)}.",
+                "Change the row to what the template accepts.",
+            ) from error
 
     def _vanished(self, rendering: Rendering) -> Iterator[Found]:
         """Messages and tools of which the template renders nothing."""

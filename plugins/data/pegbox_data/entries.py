@@ -16,7 +16,8 @@ from pegbox_data.places import EntryPlace
 
 if TYPE_CHECKING:
     from pegbox.context import Context
-    from pegbox.types import Processor, Split
+    from pegbox.rows import Split
+    from pegbox.types import Processor
 
     from pegbox_data.formats import Format, Rendered
     from pegbox_data.slices import SplitSlice

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from pegbox.types import UNTRAINED, Example, Json, Split
+from pegbox.record import Json
+from pegbox.rows import UNTRAINED, Example, Split
 
 if TYPE_CHECKING:
     from pegbox_data.lengths import View

@@ -16,27 +16,12 @@ from pegbox.errors import DataError
 from pegbox_data.findings import Found
 
 if TYPE_CHECKING:
+    from pegbox.record import Json
     from pegbox.section import Section
     from pegbox.types import Processor
 
 TEMPLATES = "chat_templates"
 """The part of a `Processor` that holds the built-in chat templates: Jinja text by name."""
-ELSEWHERE = {
-    "sharegpt": "chat with fields: {messages: conversations, role: from, content: value} and "
-    "options: {roles: {human: user, gpt: assistant}}",
-    "chat_template": "chat",
-    "messages": "chat",
-    "openai": "chat",
-    "alpaca_chat": "alpaca with options: {chat_template: true}",
-    "alpaca_instruct": "alpaca",
-    "alpaca_w_system": "alpaca",
-    "prompt_completion": "completion",
-    "text": "pretraining",
-    "pretrain": "pretraining",
-    "tokenized": "tokens",
-    "stepwise_supervised": "steps",
-}
-"""What formats of other trainers are here."""
 SourceRow = Mapping[str, Any]
 """A row as a source read it: column names and values."""
 
@@ -67,6 +52,8 @@ class Rendered:
         everywhere: ids of tokens that are trained wherever they stand.
         tokens: the row is tokenized already; there is no text and no span.
         split: if the row is longer than allowed, it is cut into several rows rather than dropped.
+        prompt: it is a prompt to be answered: nothing of it is trained.
+        columns: values that stay with the example, whether `data.columns` names them or not.
     """
 
     text: str
@@ -78,6 +65,23 @@ class Rendered:
     everywhere: tuple[int, ...] = ()
     tokens: Tokens | None = None
     split: bool = False
+    prompt: bool = False
+    columns: Mapping[str, Json] | None = None
+
+
+@dataclass(slots=True)
+class Answers:
+    """Answers to one prompt, each as a text of its own with the prompt before it.
+
+    Attributes:
+        texts: one for each answer; what is trained in them are the answers.
+        signs: for each +1, it is wanted, or -1, it is not.
+        apart: each becomes a row of its own; else they are documents of one row and are never separated.
+    """
+
+    texts: Sequence[Rendered]
+    signs: Sequence[int]
+    apart: bool = False
 
 
 class Tokens(NamedTuple):
@@ -87,7 +91,7 @@ class Tokens(NamedTuple):
     trained: Sequence[bool]
 
 
-Renderer = Callable[[SourceRow], Rendered]
+Renderer = Callable[[SourceRow], Rendered | Answers]
 """Raises `DataError` for a row that cannot be used; file and line are added by the caller."""
 
 

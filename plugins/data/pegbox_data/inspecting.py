@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from pegbox import hooks
 from pegbox.errors import ConfigError, DataError
 from pegbox.plan import compose
-from pegbox.types import UNTRAINED
+from pegbox.rows import UNTRAINED
 
 from pegbox_data.config import DataConfig
 from pegbox_data.encoding import Encoder

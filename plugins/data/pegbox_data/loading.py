@@ -35,7 +35,8 @@ from pegbox_data.twins import with_templates
 
 if TYPE_CHECKING:
     from pegbox.context import Context
-    from pegbox.types import Examples, Processor, Split
+    from pegbox.rows import Examples, Split
+    from pegbox.types import Processor
 
     from pegbox_data.sources import Part
     from pegbox_data.stream import RowStream

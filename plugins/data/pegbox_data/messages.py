@@ -64,7 +64,11 @@ class MessageReader:
     def __call__(self, row: SourceRow) -> list[Said]:
         """The messages of a row, as templates want them."""
         name = self.fields["messages"]
-        listed = parsed(column(row, name, "messages"), name)
+        return self.listed(column(row, name, "messages"), name)
+
+    def listed(self, value: Any, name: str) -> list[Said]:
+        """The messages of a list, or of a JSON string of one, that stands in the column `name`."""
+        listed = parsed(value, name)
         if not isinstance(listed, list | tuple):
             raise DataError(
                 f"'{name}' is {shown(listed)}",

@@ -19,7 +19,7 @@ import numpy as np
 from pegbox_data.findings import FINDINGS, Found
 
 if TYPE_CHECKING:
-    from pegbox.types import Json
+    from pegbox.record import Json
 
 ARRAYS: dict[str, str] = {
     "ids": "<i4",

@@ -11,8 +11,8 @@ from pegbox.config import validate
 from pegbox.errors import ConfigError, DataError, did_you_mean
 
 from pegbox_data.declared import imported
+from pegbox_data.elsewhere import here
 from pegbox_data.files import DataFile, local_files, of_split, remote_files, shown
-from pegbox_data.formats import ELSEWHERE
 from pegbox_data.slices import SplitSlice, parse_split
 from pegbox_data.sources import START, Entry, Place
 
@@ -198,7 +198,7 @@ class EntryPlace:
         items = self.ctx.items(kind)
         if name in items:
             return items[name]
-        same = ELSEWHERE.get(name.partition(".")[0]) if kind == "format" else None
+        same = here(name) if kind == "format" else None
         raise ConfigError(
             f"there is no {kind} '{name}' ({self.origin(kind)})",
             f"Here it is {same}." if same else did_you_mean(name, items, "Active plugins declare:"),

@@ -28,7 +28,7 @@ from pegbox_data.pieces import Chunk
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-    from pegbox.types import Json
+    from pegbox.record import Json
 
     from pegbox_data.encoding import Encoded, Encoder
     from pegbox_data.formats import Rendered

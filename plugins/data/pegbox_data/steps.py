@@ -2,7 +2,8 @@
 
 The token of the separator behind each step is marked as trained: there a verdict is given. Pieces are tokenized apart,
 as in TRL's PRM trainer, so that each separator is a token of its own and the n-th marked token belongs to the n-th
-verdict. The verdicts themselves stay with the row: `data.columns: [labels]`.
+verdict. The verdicts themselves always stay with the row, as its column `labels`: the n-th one belongs to the n-th
+trained token. (Of a row that was cut, the tokens that are left have the first ones.)
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from pegbox_data.formats import Renderer, SourceRow
+
+
+VERDICTS = "labels"
+"""The column of an example that holds the verdicts, whatever the file calls it."""
 
 
 class StepsOptions(Section):
@@ -48,7 +53,7 @@ class StepsFormat:
         bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
 
         def render(row: SourceRow) -> Rendered:
-            prompt, steps = column(row, fields["prompt"], "prompt"), _steps(row, fields)
+            prompt, (steps, verdicts) = column(row, fields["prompt"], "prompt"), _steps(row, fields)
             if not isinstance(prompt, str):
                 raise DataError(f"'{fields['prompt']}' is {shown(prompt)}", "It must be a string.", "Write it as text.")
             ids = [*bos, *_ids(tokenizer, prompt)]
@@ -58,7 +63,8 @@ class StepsFormat:
                 ids += [*piece, *separator]
                 marked = number == len(steps) or not options.train_on_last_step_only
                 trained += [*[False] * len(piece), marked]
-            return Rendered("", [], tokens=Tokens(ids, trained))
+            given = verdicts[-1:] if options.train_on_last_step_only else verdicts
+            return Rendered("", [], tokens=Tokens(ids, trained), columns={VERDICTS: list(given)})
 
         return render
 
@@ -66,7 +72,8 @@ class StepsFormat:
 stepwise = StepsFormat()
 
 
-def _steps(row: SourceRow, fields: Mapping[str, str]) -> Sequence[str]:
+def _steps(row: SourceRow, fields: Mapping[str, str]) -> tuple[Sequence[str], Sequence[bool]]:
+    """The steps, and the verdicts on them."""
     steps: Any = parsed(column(row, fields["completions"], "completions"), fields["completions"])
     labels: Any = parsed(column(row, fields["labels"], "labels"), fields["labels"])
     if not isinstance(steps, list | tuple) or not steps or not all(isinstance(step, str) for step in steps):
@@ -83,7 +90,7 @@ def _steps(row: SourceRow, fields: Mapping[str, str]) -> Sequence[str]:
             "It must hold true or false for each step.",
             "Correct the row.",
         )
-    return steps
+    return steps, labels
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -30,7 +30,8 @@ from pegbox_data.rows import Row, RowEncoder
 
 if TYPE_CHECKING:
     from pegbox.context import Context
-    from pegbox.types import Processor, Split
+    from pegbox.rows import Split
+    from pegbox.types import Processor
 
     from pegbox_data.entries import OpenedEntry
     from pegbox_data.lengths import LengthRule

@@ -10,8 +10,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pegbox.errors import DataError
+from pegbox.rows import UNTRAINED
 from pegbox.section import Section
-from pegbox.types import UNTRAINED
 
 from pegbox_data.findings import Found
 from pegbox_data.formats import Rendered, Tokens, column

@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 import typer
-from pegbox.types import UNTRAINED
+from pegbox.rows import UNTRAINED
 
 from pegbox_data.findings import FINDINGS
 

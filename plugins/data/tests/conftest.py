@@ -17,7 +17,8 @@ from pegbox import hooks
 from pegbox.context import Context
 from pegbox.events import RunStarted
 from pegbox.plan import compose
-from pegbox.types import Examples, Processor, Split
+from pegbox.rows import Examples, Split
+from pegbox.types import Processor
 from pegbox_data.chat import ChatOptions, chat
 from pegbox_data.encoding import Encoder
 from pegbox_data.findings import Found

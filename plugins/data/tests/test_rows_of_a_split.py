@@ -6,7 +6,7 @@ import logging
 
 import numpy as np
 import pytest
-from pegbox.types import Example
+from pegbox.rows import Example
 
 
 def conversation(answer: str, question: str = "q") -> dict[str, object]:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pegbox.errors import ConfigError, DataError, RunError
-from pegbox.types import ExampleStream
+from pegbox.rows import ExampleStream
 
 
 def rows(count: int, name: str = "") -> list[dict[str, str]]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from pegbox.types import Batch, LossOutput, Need, Outputs, Term
+from pegbox.rows import Batch
+from pegbox.types import LossOutput, Need, Outputs, Term
 
 if TYPE_CHECKING:
     from torch import Tensor

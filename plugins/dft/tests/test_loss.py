@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from pegbox.rows import UNTRAINED, Batch
 from pegbox.testing.tiny import tiny_batches, tiny_model
-from pegbox.types import UNTRAINED, Batch, Outputs
+from pegbox.types import Outputs
 from pegbox_dft.loss import DftLoss, weighed_likelihood
 
 

@@ -1,4 +1,4 @@
-"""The types that hooks pass: their words and their fields, from the four modules of the core that define them."""
+"""The types that hooks pass: their words and their fields, from the modules of the core that define them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from enum import Enum
 from types import ModuleType
 
-from pegbox import context, events, rollouts, types
+from pegbox import context, events, record, rollouts, rows, types
 
-MODULES: tuple[ModuleType, ...] = (types, rollouts, events, context)
+MODULES: tuple[ModuleType, ...] = (types, rows, rollouts, events, record, context)
 INTRO = """# What hooks pass
 
 Frozen, typed objects; tensors carry their shape as a suffix (the legend stands at the top of `pegbox/types.py`)."""

@@ -11,9 +11,10 @@ import pytest
 import torch
 from pegbox.hooks import hookimpl
 from pegbox.plan import compose
+from pegbox.rows import Examples
 from pegbox.run import execute
 from pegbox.testing.tiny import TinyExamples, tiny_model
-from pegbox.types import Examples, ExportRequest, Item, Model, Processor
+from pegbox.types import ExportRequest, Item, Model, Processor
 
 
 @pytest.fixture(autouse=True)

@@ -33,7 +33,8 @@ from pegbox_fsdp.shards import ShardedCheckpoint
 
 if TYPE_CHECKING:
     from pegbox.context import Context
-    from pegbox.types import Batch, Model, Need, Runtime
+    from pegbox.rows import Batch
+    from pegbox.types import Model, Need, Runtime
     from torch.optim import Optimizer
 
 SHARD, REPLICA = "shard", "replica"

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from pegbox.assembly import model_request
 from pegbox.hooks import hookimpl
+from pegbox.rows import Examples
 from pegbox.testing.tiny import PAD, TinyExamples, tiny_batches, tiny_model
-from pegbox.types import Examples, ModulePatch, Processor
+from pegbox.types import ModulePatch, Processor
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from torch import nn

@@ -12,9 +12,10 @@ import pytest
 import torch
 from pegbox.hooks import hookimpl
 from pegbox.plan import compose
+from pegbox.rows import Examples
 from pegbox.run import execute
 from pegbox.testing.tiny import TinyExamples, tiny_model
-from pegbox.types import Examples, Item, Model, Processor
+from pegbox.types import Item, Model, Processor
 from torch import nn
 
 pytest.importorskip("pegbox_lora")

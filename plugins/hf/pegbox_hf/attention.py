@@ -38,7 +38,7 @@ from pegbox_hf.documents import mixing_layers
 from pegbox_hf.traits import traits_of_config
 
 if TYPE_CHECKING:
-    from pegbox.types import Batch
+    from pegbox.rows import Batch
     from torch import Tensor
     from torch.nn import Module
     from transformers import PreTrainedModel

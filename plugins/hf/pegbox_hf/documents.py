@@ -24,7 +24,7 @@ from pegbox.errors import RunError, UserError
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from pegbox.types import Batch
+    from pegbox.rows import Batch
     from transformers import PreTrainedModel
 
 MIXING_LAYERS = frozenset({"linear_attention", "mamba", "recurrent", "conv", "hybrid"})

@@ -14,7 +14,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pegbox.errors import RunError
-from pegbox.types import Batch, Need, Outputs
+from pegbox.rows import Batch
+from pegbox.types import Need, Outputs
 
 from pegbox_hf.attention import (
     DOCUMENTS,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
     from transformers import PreTrainedModel
+    from transformers.utils import ModelOutput
 
 HEAD = "token_head"
 FROM_HEAD = frozenset({"logps", "entropy", "logits"})
@@ -59,14 +61,7 @@ def compute(module: Module, batch: Batch, needs: frozenset[Need]) -> Outputs:
             "Use another loss, or a plugin whose model returns it.",
         )
     network = bare(module)
-    if batch.cu_seqlens_S is not None:
-        _require_documents_apart(network, batch)
-    arguments = trunk_arguments(network, batch) | {"output_router_logits": "router_logits" in needs}
-    if needs_no_mask(network, batch):
-        with without_mask(network):
-            returned = trunk(network)(**arguments | {"attention_mask": None})
-    else:
-        returned = trunk(network)(**arguments)
+    returned = run_trunk(network, batch, router_logits="router_logits" in needs)
     hidden_BTH = returned.last_hidden_state
     outputs = Outputs()
     if needs & FROM_HEAD:
@@ -76,8 +71,24 @@ def compute(module: Module, batch: Batch, needs: frozenset[Need]) -> Outputs:
     return replace(
         outputs,
         hidden_BTH=hidden_BTH if "hidden" in needs else None,
-        router_logits=_router_logits(network, returned) if "router_logits" in needs else None,
+        router_logits=router_logits_of(network, returned) if "router_logits" in needs else None,
     )
+
+
+def run_trunk(network: PreTrainedModel, batch: Batch, *, router_logits: bool) -> ModelOutput:
+    """The trunk over all tokens, plain or packed; what it returns has `last_hidden_state`, `_BTH`.
+
+    Raises:
+        RunError: packed documents see each other.
+        UserError: rows are packed, and the model cannot keep documents apart.
+    """
+    if batch.cu_seqlens_S is not None:
+        _require_documents_apart(network, batch)
+    arguments = trunk_arguments(network, batch) | {"output_router_logits": router_logits}
+    if needs_no_mask(network, batch):
+        with without_mask(network):
+            return trunk(network)(**arguments | {"attention_mask": None})
+    return trunk(network)(**arguments)
 
 
 def _require_documents_apart(network: PreTrainedModel, batch: Batch) -> None:
@@ -151,7 +162,12 @@ def trunk_arguments(network: PreTrainedModel, batch: Batch) -> dict[str, object]
     return arguments
 
 
-def _router_logits(network: PreTrainedModel, returned: object) -> tuple[object, ...]:
+def router_logits_of(network: PreTrainedModel, returned: object) -> tuple[object, ...]:
+    """What the routers of a mixture of experts said in one forward.
+
+    Raises:
+        RunError: the network has no routers.
+    """
     logits = getattr(returned, "router_logits", None)
     if not logits:
         raise RunError(

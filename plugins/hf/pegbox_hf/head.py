@@ -94,9 +94,9 @@ def find_rule(module: PreTrainedModel) -> LogitRule:
     """
     projection = module.get_output_embeddings()
     with _some_weights(projection):
-        hidden_NH = _probe(projection)
+        hidden_NH = made_up_hidden(projection)
         with torch.no_grad():
-            own_NV = _own_logits(module, hidden_NH).float()
+            own_NV = own_logits(module, hidden_NH).float()
             plain_NV = projection(hidden_NH).float()
     slack = 1e-4 if hidden_NH.dtype == torch.float32 else 2e-2
     for rule in _rules(module.config.get_text_config()):
@@ -135,7 +135,8 @@ def _rules(config: PretrainedConfig) -> Iterator[LogitRule]:
         yield LogitRule(scale, softcap)
 
 
-def _probe(projection: nn.Module) -> Tensor:
+def made_up_hidden(projection: nn.Module) -> Tensor:
+    """Hidden states `_NH` that were never computed, to try a head with."""
     weight = next(projection.parameters())
     generator = torch.Generator().manual_seed(0)
     plain = weight.ndim == 2 and weight.is_floating_point() and weight.shape[1] > 1
@@ -147,8 +148,17 @@ def _probe(projection: nn.Module) -> Tensor:
     return (hidden_NH * (PROBE_SPREAD / spread if spread > 0 else 1.0)).to(dtype)
 
 
-def _own_logits(module: PreTrainedModel, hidden_NH: Tensor) -> Tensor:
-    """Logits from the model's own forward, whose trunk answers with `hidden_NH` for this one call."""
+def own_logits(module: PreTrainedModel, hidden_NH: Tensor, token: int = 0) -> Tensor:
+    """Logits from the model's own forward, whose trunk answers with `hidden_NH` for this one call.
+
+    Args:
+        module: the whole network.
+        hidden_NH: of `PROBE_TOKENS` tokens.
+        token: the id of all these tokens.
+
+    Raises:
+        UserError: its forward is more than a trunk and a head.
+    """
     from transformers.modeling_outputs import MoeModelOutputWithPast
 
     class Answer(MoeModelOutputWithPast):
@@ -158,7 +168,7 @@ def _own_logits(module: PreTrainedModel, hidden_NH: Tensor) -> Tensor:
     inner = trunk(module)
     inner.forward = lambda *_, **__: Answer(last_hidden_state=hidden_NH.unsqueeze(0))
     try:
-        ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=hidden_NH.device)
+        ids = torch.full((1, PROBE_TOKENS), token, device=hidden_NH.device)
         return module(input_ids=ids, use_cache=False).logits.squeeze(0)
     except (AttributeError, TypeError, LookupError, RuntimeError) as error:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Loading a causal language model: from safetensors, or its empty shape on the meta device.
+"""Loading a causal language model, with its own head or a classifying one, or its empty shape on the meta device.
 
 Data types. `model.dtype` is that of weights that stay as they are. If the whole policy is trained (no plugin applies
 adapters) it is loaded in `hf.trainable_dtype`, float32 unless the config says otherwise: updates of a bfloat16 weight
@@ -17,10 +17,23 @@ from pegbox.errors import ConfigError, UserError, did_you_mean
 from pegbox.types import Model
 
 from pegbox_hf.attention import DOCUMENTS, MASKLESS
+from pegbox_hf.classifier import (
+    CLASSIFIER,
+    FAMILIES,
+    OF_TOKENS,
+    asked_config,
+    auto_class,
+    compute_values,
+    finish_head,
+    name_padding,
+    require_classifier,
+    require_trained_head,
+)
 from pegbox_hf.config import HfConfig
 from pegbox_hf.forward import HEAD, compute
 from pegbox_hf.head import LogitRule, TokenHead, find_rule
 from pegbox_hf.opening import Opened, first_line, open_config
+from pegbox_hf.processor import load_processor
 from pegbox_hf.quiet import quiet
 from pegbox_hf.source import require_safetensors, unsafe_weights
 from pegbox_hf.text_only import load_text_part
@@ -56,12 +69,14 @@ def load_model(ctx: Context, request: ModelRequest) -> Model:
         _require_quantizable(opened, request)
         dtype = wanted_dtype(ctx, request)
         shape_only = request.meta or bool(request.options.empty)
-        module = _on_meta(opened, request, dtype) if shape_only else _from_weights(ctx, opened, request, dtype)
+        module = _on_meta(ctx, opened, request, dtype) if shape_only else _from_weights(ctx, opened, request, dtype)
         _keep_layout(module)
         _require_trainable(ctx, request, module)
         _adjust_tokens(ctx, request, module)
-        rule = LogitRule() if request.meta else find_rule(module)
-    module.add_module(HEAD, TokenHead(rule))
+        if request.options.classify is None:
+            module.add_module(HEAD, TokenHead(LogitRule() if request.meta else find_rule(module)))
+        elif request.role == "policy" and not request.meta:
+            name_padding(module, ctx.processor if "processor" in vars(ctx) else load_processor(ctx))
     if request.role != "policy":
         module.requires_grad_(False)
     return Model(
@@ -69,10 +84,18 @@ def load_model(ctx: Context, request: ModelRequest) -> Model:
         name=request.name,
         base=opened.base.address,
         format=request.format,
-        compute=compute,
+        compute=compute if request.options.classify is None else compute_values,
         role=request.role,
-        traits=traits_of(module.config, module),
+        traits=_traits(request, module),
     )
+
+
+def _traits(request: ModelRequest, module: PreTrainedModel) -> frozenset[str]:
+    found = traits_of(module.config, module)
+    if request.options.classify is None:
+        return found
+    of_tokens = {OF_TOKENS} if request.options.classify == "token" else set()
+    return found - {"tied_head"} | {CLASSIFIER} | of_tokens
 
 
 def _keep_layout(module: PreTrainedModel) -> None:
@@ -129,7 +152,7 @@ def _require_causal(opened: Opened, request: ModelRequest) -> None:
             f"It was trained on {opened.base.name}; training goes on from a whole model.",
             "Set model.name to the base model, or resume the run that made the adapter.",
         )
-    own_code = "AutoModelForCausalLM" in (getattr(opened.config, "auto_map", None) or {})
+    own_code = f"AutoModelFor{FAMILIES[request.options.classify]}" in (getattr(opened.config, "auto_map", None) or {})
     if type(opened.config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
         raise UserError(
             f"'{request.name}' is no causal language model (model type '{opened.config.model_type}')",
@@ -138,6 +161,8 @@ def _require_causal(opened: Opened, request: ModelRequest) -> None:
             if opened.config.get_text_config() is opened.config
             else "To train its language model alone, add to the config: hf: {text_only: true}",
         )
+    if request.options.classify is not None:
+        require_classifier(opened, request)
 
 
 def _require_trainable(ctx: Context, request: ModelRequest, module: PreTrainedModel) -> None:
@@ -200,23 +225,23 @@ def _architecture(request: ModelRequest) -> dict[str, object]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _on_meta(opened: Opened, request: ModelRequest, dtype: str) -> PreTrainedModel:
+def _on_meta(ctx: Context, opened: Opened, request: ModelRequest, dtype: str) -> PreTrainedModel:
     import torch
-    from transformers import AutoModelForCausalLM
 
     stored = getattr(opened.config, "dtype", None) or torch.float32
     with _explained(request), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            opened.config,
+        module: PreTrainedModel = auto_class(request.options).from_config(
+            asked_config(opened.config, request.options),
             dtype=stored if dtype == "auto" else getattr(torch, dtype),
             trust_remote_code=opened.arguments["trust_remote_code"],
             **_architecture(request),
         )
+    if request.options.classify is not None:
+        finish_head(ctx, request, module, ())
+    return module
 
 
 def _from_weights(ctx: Context, opened: Opened, request: ModelRequest, dtype: str) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
     require_safetensors(opened.base)
     adapter = opened.source if opened.source.kind == "adapter" else None
     arguments = {"dtype": dtype, "use_safetensors": True, **opened.arguments, **_architecture(request)}
@@ -225,15 +250,21 @@ def _from_weights(ctx: Context, opened: Opened, request: ModelRequest, dtype: st
         if opened.whole is not None:
             module, missing = load_text_part(opened.base.address, opened.whole, opened.config, **arguments)
         else:
-            config = {"config": opened.config} if _changed(ctx, request) else {}
+            asked = asked_config(opened.config, request.options)
+            config = {"config": asked} if _changed(ctx, request) or asked is not opened.config else {}
             if request.options.keep_packed is not None:
-                config = {"config": _without_quantization(opened.config)}
-            module, report = AutoModelForCausalLM.from_pretrained(
+                config = {"config": _without_quantization(asked)}
+            module, report = auto_class(request.options).from_pretrained(
                 opened.base.address, output_loading_info=True, **config, **arguments
             )
             missing = report["missing_keys"]
-    _require_complete(request, missing)
-    return _with_adapter(module, adapter.path, request) if adapter is not None and adapter.path is not None else module
+    lacking = finish_head(ctx, request, module, missing) if request.options.classify is not None else missing
+    _require_complete(request, lacking)
+    if adapter is not None and adapter.path is not None:
+        module = _with_adapter(module, adapter.path, request)
+    if request.options.classify is not None:
+        require_trained_head(request, module, missing)
+    return module
 
 
 def _changed(ctx: Context, request: ModelRequest) -> bool:

@@ -10,7 +10,7 @@ import torch
 import transformers
 from pegbox.context import Context
 from pegbox.plan import compose
-from pegbox.types import Batch
+from pegbox.rows import Batch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 

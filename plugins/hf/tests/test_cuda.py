@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import pytest
 import torch
-from pegbox.types import UNTRAINED, Batch
+from pegbox.rows import UNTRAINED, Batch
 from pegbox_hf.attention import DOCUMENTS
 from pegbox_hf.forward import HEAD, compute
 from pegbox_hf.head import LogitRule, TokenHead

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from pegbox.errors import RunError, UserError
-from pegbox.types import Batch
+from pegbox.rows import Batch
 from pegbox_hf.attention import facts_of
 from pegbox_hf.forward import HEAD, compute
 from pegbox_hf.head import LogitRule, TokenHead

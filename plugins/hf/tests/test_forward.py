@@ -11,7 +11,8 @@ import pytest
 import torch
 from pegbox.errors import RunError, UserError
 from pegbox.patches import PatchLog
-from pegbox.types import Batch, Model, ModulePatch, Outputs
+from pegbox.rows import Batch
+from pegbox.types import Model, ModulePatch, Outputs
 from pegbox_hf.forward import HEAD, compute
 from pegbox_hf.head import TokenHead, find_rule
 from torch.nn.functional import cross_entropy

@@ -16,7 +16,8 @@ from pegbox.errors import ConfigError, UserError
 from pegbox.hooks import hookimpl
 from pegbox.merging import merge_options
 from pegbox.plan import compose
-from pegbox.types import Batch, Model, ModelOptions, ModelRequest
+from pegbox.rows import Batch
+from pegbox.types import Model, ModelOptions, ModelRequest
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 Compose = Callable[..., Context]

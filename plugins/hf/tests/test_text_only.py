@@ -11,7 +11,8 @@ import transformers
 from pegbox import hooks
 from pegbox.context import Context
 from pegbox.errors import ConfigError, UserError
-from pegbox.types import Batch, ExportRequest, Model, ModelRequest
+from pegbox.rows import Batch
+from pegbox.types import ExportRequest, Model, ModelRequest
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerFast
 
 Compose = Callable[..., Context]

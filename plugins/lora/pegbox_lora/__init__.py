@@ -11,7 +11,8 @@ from pegbox.types import ConfigSection, Item
 
 if TYPE_CHECKING:
     from pegbox.context import Context
-    from pegbox.types import Dataset, ExportRequest, GroupOptions, Model, Split
+    from pegbox.rows import Dataset, Split
+    from pegbox.types import ExportRequest, GroupOptions, Model
 
 FORMAT = "peft"
 

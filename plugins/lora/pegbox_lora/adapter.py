@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pegbox.errors import PluginError, UserError
 
+from pegbox_lora.classifying import require_head, task_type, with_head
 from pegbox_lora.config import ALL_LINEAR, FRESH, MEASURED, LoraConfig
 from pegbox_lora.continued import load_weights, read_adapter
+from pegbox_lora.disabling import switch_of
 from pegbox_lora.initialization import take_from_base
 from pegbox_lora.measured import Measured
 from pegbox_lora.targets import Targets, excluded, linear_names, listed, require_patterns, resolve
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
     import peft
     import torch
     from pegbox.context import Context
-    from pegbox.types import Dataset, Model
+    from pegbox.rows import Dataset
+    from pegbox.types import Model
     from torch.nn import Module, Parameter
 
 ADAPTER = "default"
@@ -52,6 +55,7 @@ def apply(ctx: Context, model: Model, train: Dataset | None) -> Model:
         _set_dtype(settings, module)
         load_weights(continued, model, adapter_parameters(module))
     else:
+        settings = with_head(settings, model)
         targets = resolve(settings, model)
         require_patterns(settings, model, targets)
         _require_own_weights(model, targets)
@@ -69,7 +73,8 @@ def apply(ctx: Context, model: Model, train: Dataset | None) -> Model:
             elif settings.init not in FRESH:
                 take_from_base(ctx, settings.init, model)
     require_only_adapter(model)
-    return replace(model, adapter="peft")
+    require_head(model)
+    return replace(model, adapter="peft", without_adapter=switch_of(settings, module))
 
 
 @contextmanager
@@ -104,7 +109,7 @@ def peft_config(ctx: Context, settings: LoraConfig, model: Model, targets: Targe
     by_name = sorted(targets.parameters) if settings.layers else list(settings.parameters)
     saved = _saved_modules(settings, model)
     return peft.LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_type(model),
         base_model_name_or_path=model.base,
         revision=ctx.config.run.model.revision,
         r=settings.r,

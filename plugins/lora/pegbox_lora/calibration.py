@@ -14,14 +14,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pegbox.errors import UserError
-from pegbox.types import UNTRAINED, Batch, Example, ExampleStream
+from pegbox.rows import UNTRAINED, Batch, Example, ExampleStream
 
 from pegbox_lora.config import LoraConfig
 
 if TYPE_CHECKING:
     import torch
     from pegbox.context import Context
-    from pegbox.types import Dataset, Model
+    from pegbox.rows import Dataset
+    from pegbox.types import Model
     from torch import Tensor
     from torch.nn import Module
 

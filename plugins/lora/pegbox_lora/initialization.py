@@ -30,7 +30,7 @@ CLOSE = 1e-3
 
 
 class FirstFactors:
-    """A0 and B0 of each adapted layer, on the CPU (`pegbox.types.Stateful`)."""
+    """A0 and B0 of each adapted layer, on the CPU (`pegbox.record.Stateful`)."""
 
     def __init__(self, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
         self._factors = factors

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     import peft
     from peft.tuners.lora import LoraLayer
     from pegbox.context import Context
-    from pegbox.types import Dataset, Example, Model
+    from pegbox.rows import Dataset, Example
+    from pegbox.types import Model
     from torch import Tensor
     from torch.nn import Module
 

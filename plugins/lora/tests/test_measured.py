@@ -20,8 +20,9 @@ from pegbox.context import Context
 from pegbox.errors import UserError
 from pegbox.hooks import hookimpl
 from pegbox.plan import compose
+from pegbox.rows import Dataset, Example
 from pegbox.testing.tiny import TinyExamples, tiny_model
-from pegbox.types import Dataset, Example, ExportRequest, Model, Processor
+from pegbox.types import ExportRequest, Model, Processor
 from pegbox_lora import calibration, measured
 from pegbox_lora.calibration import chosen_rows, grouped, tensors
 from pegbox_lora.config import LoraConfig

@@ -13,9 +13,10 @@ import torch
 from pegbox.events import Event, Signal, Stepped
 from pegbox.hooks import hookimpl
 from pegbox.plan import compose
+from pegbox.rows import Examples
 from pegbox.run import execute
 from pegbox.testing.tiny import TinyExamples, tiny_model
-from pegbox.types import Examples, Item, Model, Processor
+from pegbox.types import Item, Model, Processor
 from tiny_mixtures import EXPERTS, mixture
 from tokenizers import Tokenizer, models
 from torch import nn

@@ -23,7 +23,8 @@ from pegbox import hooks
 from pegbox.assembly import model_request, prepare_model
 from pegbox.errors import PegboxError, RunError
 from pegbox.merging import merge_groups
-from pegbox.types import Batch, Loss, Model
+from pegbox.rows import Batch
+from pegbox.types import Loss, Model
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 

@@ -9,8 +9,9 @@ from typing import Any
 from pegbox.events import Event, RunStarted, Stepped
 from pegbox.hooks import hookimpl
 from pegbox.plan import compose
+from pegbox.rows import Example
 from pegbox.run import execute
-from pegbox.types import Example, Item, Processor
+from pegbox.types import Item, Processor
 from pegbox_memory.ledger import Ledger
 
 

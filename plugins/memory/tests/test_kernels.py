@@ -67,6 +67,25 @@ def test_the_head_needs_its_logits_of_a_chunk_and_the_gradient_of_its_input(budg
     assert 0 <= ledger.peak_bytes - given - scratch - rows * width * FP32 <= of_rows
 
 
+def test_attention_that_adds_gradients_in_no_certain_order_needs_queries_in_fp32() -> None:
+    """Of one long document on a Hopper GPU; in a process in which Triton interprets, too."""
+    from pegbox_kernels.attention import attention
+
+    tokens, heads, width = 4097, 4, 64
+    peaks = {}
+    for deterministic in (False, True):
+        ledger = Ledger()
+        with FakeTensorMode():
+            q, k, v = (torch.empty(tokens, heads, width, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+            ledger.note([q, k, v], "inputs")
+            with allocating(), ledger:
+                out = attention(q, k, v, deterministic=deterministic).out_THD
+                out.backward(torch.empty_like(out))
+        peaks[deterministic] = ledger.peak_bytes
+    of_rows = 128 * heads * 2 * FP32
+    assert 0 <= peaks[False] - peaks[True] - tokens * heads * width * FP32 <= of_rows
+
+
 def test_a_gpu_has_more_room_for_logits_than_the_cpu_that_asks(config_of: Config) -> None:
     config = config_of("lora", "cce", model="medium", **GPU)
     whole = 127 * 2 * 8192 * BF16

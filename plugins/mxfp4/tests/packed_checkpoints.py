@@ -13,7 +13,8 @@ import torch
 from pegbox import hooks
 from pegbox.context import Context
 from pegbox.plan import compose
-from pegbox.types import Batch, Model, ModelRequest
+from pegbox.rows import Batch
+from pegbox.types import Model, ModelRequest
 from pegbox_kernels.mxfp4 import PackedMxfp4
 from safetensors.torch import load_file, save_file
 

@@ -15,9 +15,10 @@ from pegbox.errors import ConfigError
 from pegbox.events import Event, RunStarted, Signal, Stepped
 from pegbox.hooks import hookimpl
 from pegbox.plan import compose
+from pegbox.rows import Examples
 from pegbox.run import execute
 from pegbox.testing.tiny import TinyExamples
-from pegbox.types import Examples, Model
+from pegbox.types import Model
 from pegbox_mxfp4.experts import PARTS, experts_of
 from pegbox_mxfp4.weight import PackedWeight
 from tokenizers import Tokenizer, models

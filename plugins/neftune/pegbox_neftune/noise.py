@@ -20,7 +20,8 @@ from pegbox.types import ModulePatch
 
 if TYPE_CHECKING:
     from pegbox.context import Context
-    from pegbox.types import Batch, Model, Need, Outputs
+    from pegbox.rows import Batch
+    from pegbox.types import Model, Need, Outputs
     from torch import Tensor
     from torch.nn import Module
 

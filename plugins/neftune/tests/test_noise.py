@@ -15,9 +15,9 @@ from pegbox.events import Event, Stepped
 from pegbox.hooks import hookimpl
 from pegbox.patches import PatchLog
 from pegbox.plan import compose
+from pegbox.rows import Batch, Example
 from pegbox.run import execute
 from pegbox.testing.tiny import collate, tiny_batches, tiny_model
-from pegbox.types import Batch, Example
 from pegbox_neftune.noise import EmbeddingNoise
 from safetensors.torch import load_file
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from pegbox.record import Record
 from pegbox.section import Section, setting
-from pegbox.types import Record
 from pydantic import Field, model_validator
 
 if TYPE_CHECKING:

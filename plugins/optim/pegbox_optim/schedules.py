@@ -19,8 +19,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from pegbox.record import Record
 from pegbox.section import Section, setting
-from pegbox.types import Record
 from pydantic import model_validator
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from pegbox.types import ConfigSection
 
 if TYPE_CHECKING:
     from pegbox.context import Context
-    from pegbox.types import Dataset
+    from pegbox.rows import Dataset
 
 
 class PackingPlugin:

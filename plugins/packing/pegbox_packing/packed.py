@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from pegbox.errors import DataError
-from pegbox.types import ExampleStream
+from pegbox.rows import ExampleStream
 
 from pegbox_packing.bins import best_fit_decreasing
 
 if TYPE_CHECKING:
-    from pegbox.types import Dataset, Example, Examples, Split
+    from pegbox.rows import Dataset, Example, Examples, Split
 
     from pegbox_packing.config import PackingConfig
 
@@ -21,7 +21,7 @@ NAMED_ROWS = 3
 
 
 class PackedRows:
-    """Indexed rows with bins (`pegbox.types.PackedExamples`)."""
+    """Indexed rows with bins (`pegbox.rows.PackedExamples`)."""
 
     def __init__(self, rows: Examples, config: PackingConfig) -> None:
         self.split: Split = rows.split
@@ -69,9 +69,13 @@ class PackedRows:
             found += [tuple(rows[at] for at in chosen) for chosen in best_fit_decreasing(lengths, self._config.length)]
         return found
 
+    def fit(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Positions of rows made elsewhere, such as completions, in bins."""
+        return fit(lengths, self._config)
+
 
 class PackedStream:
-    """A stream whose rows come with bins (`pegbox.types.ExampleStream`); its place is that of the rows."""
+    """A stream whose rows come with bins (`pegbox.rows.ExampleStream`); its place is that of the rows."""
 
     def __init__(self, rows: ExampleStream, config: PackingConfig) -> None:
         self.split: Split = rows.split
@@ -82,11 +86,30 @@ class PackedStream:
         """The next rows, with bins among them."""
         return PackedRows(self._rows.take(rows), self._config)
 
+    def fit(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Positions of rows made elsewhere, such as completions, in bins."""
+        return fit(lengths, self._config)
+
     def state_dict(self) -> dict[str, object]:
         return self._rows.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
         self._rows.load_state_dict(state_dict)
+
+
+def fit(lengths: Sequence[int], config: PackingConfig) -> list[list[int]]:
+    """Positions of rows in bins.
+
+    Raises:
+        DataError: a row is longer than a bin.
+    """
+    if lengths and max(lengths) > config.length:
+        raise DataError(
+            f"a row of {max(lengths):,} tokens was made, and packing.length is {config.length:,}",
+            "A row is packed whole: it cannot be longer than a bin.",
+            f"Set packing.length={max(lengths)} or higher: the longest prompt and the longest completion must fit.",
+        )
+    return best_fit_decreasing(lengths, config.length)
 
 
 def packed(rows: Dataset, config: PackingConfig) -> Dataset:

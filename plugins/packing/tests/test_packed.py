@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from pegbox.errors import ConfigError, DataError
-from pegbox.types import Example, ExampleStream, PackedExamples
+from pegbox.rows import Example, ExampleStream, PackedExamples
 from pegbox_packing.config import PackingConfig
 from pegbox_packing.packed import PackedRows, packed
 from pegbox_packing.report import fullness, refuse_models

@@ -7,8 +7,8 @@ from dataclasses import field
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pegbox.errors import ConfigError
+from pegbox.record import Record
 from pegbox.section import Section
-from pegbox.types import Record
 from pydantic import Field
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pegbox.hooks import hookimpl
+from pegbox.rows import Examples
 from pegbox.testing.tiny import TinyExamples, tiny_model
-from pegbox.types import Examples, ExportRequest, Item, Model, Processor
+from pegbox.types import ExportRequest, Item, Model, Processor
 
 ROWS = 16
 

@@ -25,7 +25,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from pegbox.errors import ConfigError, PluginError
-from pegbox.types import Batch, LossOutput, Need, Outputs, Stateful, Term
+from pegbox.record import Stateful
+from pegbox.rows import Batch
+from pegbox.types import LossOutput, Need, Outputs, Term
 
 from pegbox_router_loss.config import RouterLossConfig
 

@@ -15,8 +15,9 @@ from pegbox import hooks
 from pegbox.errors import ConfigError, PluginError
 from pegbox.hooks import hookimpl
 from pegbox.plan import compose
+from pegbox.rows import Batch, Example
 from pegbox.run import execute
-from pegbox.types import Batch, Example, Loss, LossOutput, Model, Outputs, Term
+from pegbox.types import Loss, LossOutput, Model, Outputs, Term
 from pegbox_router_loss.loss import balance_total
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedModel, PreTrainedTokenizerFast

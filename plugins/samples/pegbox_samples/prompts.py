@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pegbox.errors import ConfigError
-from pegbox.types import UNTRAINED, Example, Record
+from pegbox.record import Record
+from pegbox.rows import UNTRAINED, Example
 
 if TYPE_CHECKING:
     from pegbox.context import Context

@@ -16,10 +16,11 @@ from pegbox.errors import ConfigError
 from pegbox.events import Evaluated, RunStarted
 from pegbox.hooks import hookimpl
 from pegbox.plan import compose
+from pegbox.rows import UNTRAINED, Example
 from pegbox.run import execute
 from pegbox.testing import FakeRuntime
 from pegbox.testing.tiny import TinyExamples, plain_model, tiny_model, tiny_processor
-from pegbox.types import UNTRAINED, Example, Processor
+from pegbox.types import Processor
 from safetensors.torch import load_file
 
 TINY = str(Path(__file__).parents[2] / "trainer" / "tests" / "tiny_llama.py")

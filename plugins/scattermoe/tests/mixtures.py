@@ -12,7 +12,8 @@ from pegbox import hooks
 from pegbox.context import Context
 from pegbox.patches import PatchLog
 from pegbox.plan import compose
-from pegbox.types import Batch, Model, ModelRequest
+from pegbox.rows import Batch
+from pegbox.types import Model, ModelRequest
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 384}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from pegbox.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pegbox.types import Batch, Model, Need, Outputs
+    from pegbox.rows import Batch
+    from pegbox.types import Model, Need, Outputs
     from torch.optim import Optimizer
 
 

@@ -13,8 +13,9 @@ from pegbox.errors import ConfigError
 from pegbox.events import Evaluated, Event, RunBegins, Stepped
 from pegbox.hooks import hookimpl
 from pegbox.plan import compose
+from pegbox.rows import Batch
 from pegbox.run import execute
-from pegbox.types import Batch, ModelRequest
+from pegbox.types import ModelRequest
 from safetensors.torch import load_file
 
 TINY = str(Path(__file__).parents[2] / "trainer" / "tests" / "tiny_llama.py")

@@ -6,6 +6,8 @@ The loop divides the sum of totals by the sum of counts over all micro-batches a
 every trained token of the step weighs the same however the step was split. This is what transformers' Trainer
 computes with `num_items_in_batch`; a mean of per-micro-batch means would weigh a token by how few others
 share its micro-batch.
+
+Of rows that say which answer is wanted (`Batch.sign_D`), such as preferences, only wanted answers are trained.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from pegbox.types import Batch, LossOutput, Need, Outputs, Term
+from pegbox.rows import Batch
+from pegbox.types import LossOutput, Need, Outputs, Term
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +29,19 @@ def negative_log_likelihood(logps_N: Tensor) -> Tensor:
     return -logps_N.float().sum()
 
 
+def wanted(batch: Batch) -> Tensor | None:
+    """Which trained tokens belong to an answer that is wanted; None: all do."""
+    if batch.sign_D is None or batch.document_N is None:
+        return None
+    return (batch.sign_D > 0)[batch.document_N]
+
+
+def count_of(batch: Batch) -> float | Tensor:
+    """How many tokens are trained; the device is not waited for."""
+    wanted_N = wanted(batch)
+    return float(batch.trained_tokens) if wanted_N is None else wanted_N.sum()
+
+
 class SftLoss:
     """One term, `sft`, over the trained tokens."""
 
@@ -35,10 +51,11 @@ class SftLoss:
 
     def counts(self, batch: Batch) -> Mapping[str, float]:
         """The number of trained tokens."""
-        return {TERM: float(batch.trained_tokens)}
+        return {TERM: float(count_of(batch))}
 
     def __call__(self, batch: Batch, outputs: Outputs) -> LossOutput:
         """The term of one micro-batch; `outputs.logps_N` follows `batch.trained_N`."""
         assert outputs.logps_N is not None, "the loop provides every need"
-        total = negative_log_likelihood(outputs.logps_N)
-        return LossOutput(terms=(Term(name=TERM, total=total, count=float(batch.trained_tokens)),))
+        wanted_N = wanted(batch)
+        logps_N = outputs.logps_N if wanted_N is None else outputs.logps_N.where(wanted_N, 0.0)
+        return LossOutput(terms=(Term(name=TERM, total=negative_log_likelihood(logps_N), count=count_of(batch)),))

@@ -7,7 +7,8 @@ import itertools
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pegbox.types import UNTRAINED, Batch, Outputs
+from pegbox.rows import UNTRAINED, Batch
+from pegbox.types import Outputs
 from pegbox_sft.loss import SftLoss
 
 V = 23

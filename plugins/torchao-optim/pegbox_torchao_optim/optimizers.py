@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pegbox.errors import ConfigError
+from pegbox.record import Record
 from pegbox.section import Section, setting
-from pegbox.types import Record
 from pydantic import Field
 
 if TYPE_CHECKING:

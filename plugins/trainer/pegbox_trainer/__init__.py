@@ -10,7 +10,8 @@ from pegbox.types import ConfigSection
 
 if TYPE_CHECKING:
     from pegbox.context import Context
-    from pegbox.types import BatchSource, CheckpointStore, Examples, Job, Model, Outcome, Runtime
+    from pegbox.rows import BatchSource, Examples
+    from pegbox.types import CheckpointStore, Job, Model, Outcome, Runtime
 
     from pegbox_trainer.gradient_proof import GradientProof
     from pegbox_trainer.record import RunRecord

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pegbox.errors import ConfigError, DataError, RunError
-from pegbox.types import UNTRAINED, Batch, Dataset, Example, ExampleStream, PackedExamples
+from pegbox.rows import UNTRAINED, Batch, Dataset, Example, ExampleStream, PackedExamples
 
-from pegbox_trainer.collation import Row, collate
+from pegbox_trainer.collation import Bin, collate, documents_of, shares_lines
 from pegbox_trainer.config import TrainerConfig
 from pegbox_trainer.windows import Epochs, StreamWindows, Windows
 
@@ -71,6 +71,7 @@ class RowBatches:
         self._pad_id = ctx.processor.pad_id
         self._pin = ctx.runtime.device.type == "cuda"
         shuffle = config.shuffle and examples.split == "train"
+        self._packed = isinstance(examples, PackedExamples) or hasattr(examples, "fit")
         self._windows: Windows = (
             StreamWindows(ctx, examples, config.stream_window, shuffle=shuffle)
             if isinstance(examples, ExampleStream)
@@ -81,25 +82,30 @@ class RowBatches:
         """Where the rows of a batch came from; `no row` for one that only fills up."""
         return self._named(batch.rows) or "no row"
 
+    def lay_out(self, examples: Sequence[Example]) -> list[Batch]:
+        """This rank's micro-batches of examples that every rank holds: packed and dealt out as the rows of a step."""
+        bins: Sequence[Sequence[int]] = [(at,) for at in range(len(examples))]
+        if self._packed:
+            bins = self.examples.fit([len(example.input_ids) for example in examples])  # type: ignore[union-attr]
+        return self._micro_batches([[(at, examples[at]) for at in rows] for rows in bins], must_train=False)
+
     def _named(self, rows: Sequence[int]) -> str:
         named = ", ".join(self._windows.describe(row) for row in rows[:NAMED_ROWS])
         more = len(rows) - NAMED_ROWS
         return f"{named} and {more} more" if more > 0 else named
 
-    def _micro_batches(self, joined: Sequence[Row], *, must_train: bool) -> list[Batch]:
-        if must_train and not any(_trains(example) for _, example in joined):
-            rows = [row for rows, _ in joined for row in rows]
+    def _micro_batches(self, bins: Sequence[Bin], *, must_train: bool) -> list[Batch]:
+        if must_train and not any(_trains(example) for rows in bins for _, example in rows):
+            rows = [row for rows in bins for row, _ in rows]
             raise DataError(
                 f"a step of {len(rows)} rows has no trained token: {self._named(rows)}",
                 "Every token of these rows is masked, so there is nothing to learn from them.",
                 "Check the data's format and which tokens it trains, or raise trainer.micro_batch.",
             )
-        dealt = deal([len(example.input_ids) for _, example in joined], self._micro_batch, self._ranks)
-        packed = any(example.documents for _, example in joined)
+        packed = self._packed or shares_lines(bins)
+        dealt = deal([_width(rows, packed) for rows in bins], self._micro_batch, self._ranks)
         return [
-            collate(
-                [joined[at] for at in positions], self._pad_id, self._windows.describe, pin=self._pin, packed=packed
-            )
+            collate([bins[at] for at in positions], self._pad_id, self._windows.describe, pin=self._pin, packed=packed)
             for positions in dealt[self._rank]
         ]
 
@@ -130,24 +136,30 @@ class TrainBatches(RowBatches):
             self._step += 1
             yield self._micro_batches(bins, must_train=True)
 
-    def _next_bins(self) -> list[Row]:
+    def take(self) -> list[tuple[int, Example]]:
+        """The rows of the next step over all ranks; none: the data, or the run, has ended."""
+        bins = self._next_bins() if self._step < (self.total_steps or 0) else []
+        self._step += bool(bins)
+        return [row for rows in bins for row in rows]
+
+    def _next_bins(self) -> list[Bin]:
         """The bins of the next step over all processes; none: the data has ended.
 
         An epoch ends with the step that takes what is left of it; a step of a stream goes on in its next window.
         """
-        joined: list[Row] = []
-        while len(joined) < self._step_rows:
+        bins: list[Bin] = []
+        while len(bins) < self._step_rows:
             window = self._windows.window(self._window)
             if not window.bins:
                 break
-            upto = min(self._taken + self._step_rows - len(joined), len(window.bins))
-            joined += [window.joined(at) for at in range(self._taken, upto)]
+            upto = min(self._taken + self._step_rows - len(bins), len(window.bins))
+            bins += [window.rows(at) for at in range(self._taken, upto)]
             self._taken = upto
             if upto == len(window.bins):
                 self._window, self._taken = self._window + 1, 0
                 if not self._spans:
                     break
-        return joined
+        return bins
 
     def _steps_of_epochs(self) -> int:
         if self._spans:
@@ -216,7 +228,7 @@ class EvalBatches(RowBatches):
             window = self._windows.window(number)
             for start in range(0, len(window.bins), together):
                 bins = range(start, min(start + together, len(window.bins)))
-                yield self._micro_batches([window.joined(at) for at in bins], must_train=False)
+                yield self._micro_batches([window.rows(at) for at in bins], must_train=False)
             if isinstance(self._windows, Epochs) or not window.bins:
                 return
 
@@ -235,9 +247,14 @@ def _no_rows(split: str) -> DataError:
     )
 
 
+def _width(rows: Bin, packed: bool) -> int:
+    """Tokens of the longest line that a bin becomes."""
+    documents = [length for _, example in rows for length in documents_of(example)]
+    return sum(documents) if packed else max(documents)
+
+
 def _trains(example: Example) -> bool:
     """Whether a row has a trained token; the first of a document is never a target."""
     trained = np.asarray(example.labels) != UNTRAINED
-    documents = example.documents or (len(trained),)
-    trained[np.cumsum((0, *documents[:-1]))] = False
+    trained[np.cumsum((0, *documents_of(example)[:-1]))] = False
     return bool(trained.any())

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pegbox.errors import PegboxError, RunError
-from pegbox.types import Checkpoint, Model, Optimization, Stateful
+from pegbox.record import Stateful
+from pegbox.types import Checkpoint, Model, Optimization
 
 from pegbox_trainer.config import TrainerConfig
 from pegbox_trainer.record import versions

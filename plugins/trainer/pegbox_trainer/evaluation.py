@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from pegbox.errors import RunError
-from pegbox.types import Batch, BatchSource, Loss, Model
+from pegbox.rows import Batch, BatchSource
+from pegbox.types import Loss, Model
 from torch import Tensor, nn
 
 from pegbox_trainer.finiteness import without_tensors

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from pegbox.errors import RunError
-from pegbox.types import Batch, BatchSource
+from pegbox.rows import Batch, BatchSource
 from torch import Tensor
 
 if TYPE_CHECKING:

@@ -29,15 +29,9 @@ from pegbox.events import (
     Signal,
     Stepped,
 )
-from pegbox.types import (
-    Batch,
-    Checkpoint,
-    Job,
-    LossOutput,
-    Outcome,
-)
+from pegbox.rows import Batch
+from pegbox.types import Checkpoint, Job, LossOutput, Outcome
 
-from pegbox_trainer.batches import TrainBatches
 from pegbox_trainer.best import BestCheckpoint
 from pegbox_trainer.config import TrainerConfig
 from pegbox_trainer.evaluation import evaluate
@@ -234,7 +228,7 @@ class TrainingLoop:
 
     def _epoch(self) -> float | None:
         """Passes over the data so far; None for a stream, and for a source of another plugin."""
-        return self.job.train.epoch if isinstance(self.job.train, TrainBatches) else None
+        return getattr(self.job.train, "epoch", None)
 
     def _notify(self, event: Event) -> None:
         self._pending |= self.ctx.notify(event)

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pegbox.types import Batch, Term
+from pegbox.rows import Batch
+from pegbox.types import Term
 from torch import Tensor
 
 from pegbox_trainer.normalization import StepCounts, wide_dtype
@@ -67,18 +68,18 @@ class Sums:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._totals: dict[str, Tensor] = {}
-        self._counts: dict[str, float] = {}
+        self._counts: dict[str, float | Tensor] = {}
 
     def add(self, terms: Iterable[Term]) -> None:
         """Add what one micro-batch contributes to each term."""
         for term in terms:
             total = term.total.detach().to(wide_dtype(self._device))
             self._totals[term.name] = self._totals[term.name] + total if term.name in self._totals else total
-            self._counts[term.name] = self._counts.get(term.name, 0.0) + term.count
+            self._counts[term.name] = self._counts.get(term.name, 0.0) + term.count  # type: ignore[operator]
 
     def means(self, runtime: Runtime) -> dict[str, float]:
         """Totals over counts of all ranks, by name, where anything was counted; waits for the device."""
-        local = [(name, total.item(), self._counts[name]) for name, total in self._totals.items()]
+        local = [(name, total.item(), float(self._counts[name])) for name, total in self._totals.items()]
         totals: dict[str, tuple[float, float]] = {}
         for gathered in runtime.gather_objects(local):
             for name, total, count in gathered:  # type: ignore[attr-defined]
@@ -89,7 +90,7 @@ class Sums:
     def state_dict(self) -> dict[str, Any]:
         return {
             "totals": {name: total.cpu() for name, total in self._totals.items()},
-            "counts": dict(self._counts),
+            "counts": {name: float(count) for name, count in self._counts.items()},
         }
 
     def load_rank_states(self, states: Sequence[Mapping[str, Any]]) -> None:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from pegbox.errors import ConfigError, PluginError
-from pegbox.types import Batch, Loss, LossOutput
+from pegbox.rows import Batch
+from pegbox.types import Loss, LossOutput
 from torch import Tensor
 
 if TYPE_CHECKING:

@@ -26,7 +26,8 @@ from pegbox_trainer.states import read_state, write_state
 
 if TYPE_CHECKING:
     from pegbox.context import Context
-    from pegbox.types import Batch, Model, Need, Outputs, Runtime
+    from pegbox.rows import Batch
+    from pegbox.types import Model, Need, Outputs, Runtime
     from torch.optim import Optimizer
 
 WEIGHTS = "model.safetensors"

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from pegbox.folder import RECORD
-from pegbox.types import ExampleStream
+from pegbox.rows import ExampleStream
 
 from pegbox_trainer.resuming import refuse_changes
 
 if TYPE_CHECKING:
     from pegbox.context import Context
-    from pegbox.types import Dataset, Job, Outcome
+    from pegbox.rows import Dataset
+    from pegbox.types import Job, Outcome
 
 CONFIG = "config.yaml"
 LIBRARIES = ("torch", "transformers", "accelerate", "peft", "datasets", "trl", "triton", "bitsandbytes", "vllm")

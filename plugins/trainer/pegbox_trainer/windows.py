@@ -13,10 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy
 import torch
 from pegbox.errors import RunError
-from pegbox.types import Example, Examples, ExampleStream, PackedExamples
+from pegbox.rows import Example, Examples, ExampleStream, PackedExamples
 
 if TYPE_CHECKING:
     from pegbox.context import Context
@@ -35,11 +34,9 @@ class Window:
     bins: Sequence[Bin]
     first: int = 0
 
-    def joined(self, at: int) -> tuple[tuple[int, ...], Example]:
-        """The rows of one bin, as numbers that `describe` of the windows understands, and as one example."""
-        rows = self.bins[at]
-        example = join([self.examples[row] for row in rows], packed=isinstance(self.examples, PackedExamples))
-        return tuple(self.first + row for row in rows), example
+    def rows(self, at: int) -> list[tuple[int, Example]]:
+        """The rows of one bin, with numbers that `describe` of the windows understands."""
+        return [(self.first + row, self.examples[row]) for row in self.bins[at]]
 
 
 class Windows(Protocol):
@@ -67,17 +64,6 @@ def bins_of(examples: Examples, order: Sequence[int]) -> Sequence[Bin]:
             "Fix the plugin that packs the rows.",
         )
     return bins
-
-
-def join(examples: Sequence[Example], *, packed: bool) -> Example:
-    """Several rows as one. Packed rows name their documents even if there is one: all ranks see one kind of batch."""
-    if not packed:
-        return examples[0]
-    return Example(
-        input_ids=numpy.concatenate([example.input_ids for example in examples]),  # type: ignore[arg-type]
-        labels=numpy.concatenate([example.labels for example in examples]),  # type: ignore[arg-type]
-        documents=tuple(n for example in examples for n in (example.documents or (len(example.input_ids),))),
-    )
 
 
 class Epochs:

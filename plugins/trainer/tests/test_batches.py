@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pegbox.errors import DataError, RunError
-from pegbox.types import UNTRAINED, Batch, Example
+from pegbox.rows import UNTRAINED, Batch, Example
 from pegbox_trainer.batches import EvalBatches, TrainBatches, deal
 from pegbox_trainer.collation import collate
 from pegbox_trainer.config import TrainerConfig
@@ -181,7 +181,7 @@ def examples(draw: Any) -> Example:
 @settings(deadline=None, max_examples=150)
 @given(rows=st.lists(examples(), min_size=1, max_size=5))
 def test_targets_are_the_next_token_of_the_same_document(rows: list[Example]) -> None:
-    batch = collate([((row,), example) for row, example in enumerate(rows)], PAD, str)
+    batch = collate([[(row, example)] for row, example in enumerate(rows)], PAD, str)
     expected = torch.full_like(batch.targets_BT, UNTRAINED)
     for b, row in enumerate(rows):
         start = 0
@@ -198,7 +198,7 @@ def test_targets_are_the_next_token_of_the_same_document(rows: list[Example]) ->
 @settings(deadline=None, max_examples=150)
 @given(rows=st.lists(examples(), min_size=1, max_size=5))
 def test_positions_and_borders_separate_documents_and_padding(rows: list[Example]) -> None:
-    batch = collate([((row,), example) for row, example in enumerate(rows)], PAD, str)
+    batch = collate([[(row, example)] for row, example in enumerate(rows)], PAD, str)
     lengths = [len(row.input_ids) for row in rows]
     longest = max(lengths)
     for b, (row, length) in enumerate(zip(rows, lengths, strict=True)):
@@ -242,7 +242,7 @@ def test_arrays_and_lists_make_the_same_batch() -> None:
     row = Example(input_ids=[5, 6, 7, 8], labels=[UNTRAINED, 6, 7, 8], documents=(2, 2))
     arrays = Example(input_ids=numpy.array([5, 6, 7, 8]), labels=numpy.array([-100, 6, 7, 8]), documents=(2, 2))
     for name in ("input_ids_BT", "targets_BT", "trained_N", "position_ids_BT", "cu_seqlens_S"):
-        made = [getattr(collate([((0,), example)], 0, str), name) for example in (row, arrays)]
+        made = [getattr(collate([[(0, example)]], 0, str), name) for example in (row, arrays)]
         assert torch.equal(*made)
 
 
@@ -257,7 +257,7 @@ def test_arrays_and_lists_make_the_same_batch() -> None:
 )
 def test_a_row_that_cannot_be_is_named(row: Example, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        collate([((7,), row)], PAD, rows_of(1).describe)
+        collate([[(7, row)]], PAD, rows_of(1).describe)
 
 
 def test_a_step_without_a_trained_token_is_an_error_that_names_its_rows() -> None:
@@ -290,6 +290,6 @@ def test_a_state_of_other_data_is_refused() -> None:
 
 def test_a_long_batch_is_described_shortly() -> None:
     source = TrainBatches(context(), rows_of(40))
-    batch = collate([((row,), rows_of(40)[row]) for row in range(40)], PAD, str)
+    batch = collate([[(row, rows_of(40)[row])] for row in range(40)], PAD, str)
     assert source.describe(batch).startswith("train.jsonl:1, train.jsonl:2")
     assert source.describe(batch).endswith("train.jsonl:16 and 24 more")

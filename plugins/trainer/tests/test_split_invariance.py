@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pegbox.errors import ConfigError, PluginError
-from pegbox.types import Batch, Example, LossOutput, Outputs, Term
+from pegbox.rows import Batch, Example
+from pegbox.types import LossOutput, Outputs, Term
 from pegbox_sft.loss import SftLoss
 from pegbox_trainer.batches import deal
 from pegbox_trainer.collation import collate
@@ -43,7 +44,7 @@ def value_and_gradient(
 def batches(rows: list[int], micro_batch: int, ranks: int) -> list[Batch]:
     """The micro-batches of all ranks of a step."""
     dealt = deal([len(ROWS[row].input_ids) for row in rows], micro_batch, ranks)
-    return [collate([((rows[at],), ROWS[rows[at]]) for at in part], 0, str) for rank in dealt for part in rank]
+    return [collate([[(rows[at], ROWS[rows[at]])] for at in part], 0, str) for rank in dealt for part in rank]
 
 
 def assert_same(left: tuple[float, list[torch.Tensor]], right: tuple[float, list[torch.Tensor]]) -> None:
@@ -60,7 +61,7 @@ rows_of_a_step = st.lists(st.integers(0, 23), min_size=1, max_size=8, unique=Tru
 def test_any_split_gives_the_loss_and_gradient_of_the_whole(
     model: torch.nn.Module, rows: list[int], micro_batch: int, ranks: int
 ) -> None:
-    whole = value_and_gradient(model, [collate([((row,), ROWS[row]) for row in rows], 0, str)])
+    whole = value_and_gradient(model, [collate([[(row, ROWS[row])] for row in rows], 0, str)])
     assert_same(value_and_gradient(model, batches(rows, micro_batch, ranks)), whole)
 
 
@@ -69,10 +70,10 @@ def test_any_split_gives_the_loss_and_gradient_of_the_whole(
 def test_padding_and_empty_micro_batches_change_nothing(
     model: torch.nn.Module, rows: list[int], filler: int, empty: int
 ) -> None:
-    pairs = [((row,), ROWS[row]) for row in rows]
+    pairs = [[(row, ROWS[row])] for row in rows]
     whole = value_and_gradient(model, [collate([pair], 0, str) for pair in pairs])
     # A row of 20 tokens, none of them trained, pads all others to its length.
-    longest = ((24,), Example(input_ids=[5] * 20, labels=[-100] * 20))
+    longest = [(24, Example(input_ids=[5] * 20, labels=[-100] * 20))]
     padded = [collate([*pairs, longest], filler, str), *[collate([], filler, str)] * empty]
     assert_same(value_and_gradient(model, padded), whole)
 
@@ -80,14 +81,14 @@ def test_padding_and_empty_micro_batches_change_nothing(
 @settings(deadline=None, max_examples=15)
 @given(rows=rows_of_a_step)
 def test_packed_documents_train_as_if_each_were_a_row(model: torch.nn.Module, rows: list[int]) -> None:
-    apart = value_and_gradient(model, [collate([((row,), ROWS[row])], 0, str) for row in rows])
+    apart = value_and_gradient(model, [collate([[(row, ROWS[row])]], 0, str) for row in rows])
     packed = Example(
         input_ids=[token for row in rows for token in ROWS[row].input_ids],
         labels=[label for row in rows for label in ROWS[row].labels],
         documents=tuple(len(ROWS[row].input_ids) for row in rows),
     )
-    short = ((1,), Example(input_ids=[7, 8], labels=[-100, -100], documents=(1, 1)))
-    assert_same(value_and_gradient(model, [collate([((0,), packed), short], 0, str)]), apart)
+    short = [(1, Example(input_ids=[7, 8], labels=[-100, -100], documents=(1, 1)))]
+    assert_same(value_and_gradient(model, [collate([[(0, packed)], short], 0, str)]), apart)
 
 
 class TwoTerms:
@@ -134,7 +135,7 @@ def test_a_loss_that_returns_other_terms_than_it_counts_is_an_error() -> None:
         def counts(self, batch: Batch) -> dict[str, float]:
             return {"tokens": 1.0}
 
-    batch = collate([((0,), ROWS[0])], 0, str)
+    batch = collate([[(0, ROWS[0])]], 0, str)
     counts = count_step(ALONE, Other(), [batch])
     output = TwoTerms()(batch, Outputs(logps_N=torch.zeros(batch.trained_tokens)))
     with pytest.raises(PluginError, match=r"returned the terms \['rows', 'tokens'\] but counted \['tokens'\]"):
@@ -147,7 +148,7 @@ def test_a_loss_over_a_whole_batch_refuses_a_split(ranks: int, parts: int, refus
         scope = "batch"
 
     runtime: Any = SimpleNamespace(**{**vars(ALONE), "world_size": ranks})
-    step = [collate([((row,), ROWS[row])], 0, str) for row in range(parts)]
+    step = [collate([[(row, ROWS[row])]], 0, str) for row in range(parts)]
     if not refused:
         assert count_step(runtime, Whole(), step).names == ("sft",)
         return

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pegbox.errors import ConfigError, RunError
-from pegbox.types import Batch, ExampleStream, PackedExamples
+from pegbox.rows import Batch, ExampleStream, PackedExamples
 from pegbox_trainer.batches import EvalBatches, TrainBatches
 from test_batches import PAD, context, rows_by_step, rows_of, steps_of
 from tiny_llama import PackedRows, Rows, Stream

@@ -12,19 +12,9 @@ from pathlib import Path
 
 import torch
 from pegbox.hooks import hookimpl
+from pegbox.rows import UNTRAINED, Batch, Example
 from pegbox.section import Section, setting
-from pegbox.types import (
-    UNTRAINED,
-    Batch,
-    ConfigSection,
-    Example,
-    ExportRequest,
-    Item,
-    Model,
-    ModelRequest,
-    Outputs,
-    Processor,
-)
+from pegbox.types import ConfigSection, ExportRequest, Item, Model, ModelRequest, Outputs, Processor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCABULARY = 128
@@ -101,9 +91,11 @@ class PackedRows:
         return self._rows.describe(index)
 
     def bins(self, order: Sequence[int]) -> list[list[int]]:
+        return [[order[at] for at in part] for part in self.fit([len(self._rows[row].input_ids) for row in order])]
+
+    def fit(self, lengths: Sequence[int]) -> list[list[int]]:
         bins, room = [], 0
-        for row in order:
-            length = len(self._rows[row].input_ids)
+        for row, length in enumerate(lengths):
             if not bins or room < length:
                 bins.append([])
                 room = self._capacity

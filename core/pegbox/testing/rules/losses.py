@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, get_args
 
+from pegbox.rows import UNTRAINED, Batch
 from pegbox.testing.batches import pad_batch, split_batch
 from pegbox.testing.libraries import torch
 from pegbox.testing.rule import require
-from pegbox.types import UNTRAINED, Batch, LossOutput, Need
+from pegbox.types import LossOutput, Need
 
 if TYPE_CHECKING:
     from pegbox.types import Loss, Model
@@ -73,7 +74,11 @@ def _untrained(batch: Batch) -> Batch:
     nothing = batch.targets_BT.new_full(batch.targets_BT.shape, UNTRAINED)
     trained = {name: extra for name, extra in batch.extra.items() if extra.layout == "trained"}
     empty = {name: replace(extra, value=extra.value[:0]) for name, extra in trained.items()}
-    return replace(batch, targets_BT=nothing, trained_N=batch.trained_N[:0], extra={**batch.extra, **empty})
+    none = {
+        "trained_N": batch.trained_N[:0],
+        "document_N": batch.trained_N[:0] if batch.document_N is not None else None,
+    }
+    return replace(batch, targets_BT=nothing, **none, extra={**batch.extra, **empty})
 
 
 def is_differentiable(loss: Loss, model: Model, batches: Sequence[Batch]) -> None:

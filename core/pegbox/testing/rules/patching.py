@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, get_args
 from pegbox import hooks
 from pegbox.errors import PatchError
 from pegbox.patches import PatchLog
+from pegbox.rows import Batch
 from pegbox.testing.fingerprint import foreign_classes_stay_as_they_are
 from pegbox.testing.libraries import torch
 from pegbox.testing.rule import RuleBroken, require
 from pegbox.testing.subject import Subject
-from pegbox.types import Batch, Model, ModulePatch
+from pegbox.types import Model, ModulePatch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -20,7 +20,7 @@ class GptOssAttentionConfig(Section):
     window_backend: Wanted | None = setting(None, "Kernels of layers with a sliding window, if not as `backend` says.")
     deterministic: bool = setting(
         False,
-        "The same bits each time, on any GPU; otherwise only where that is fastest, as with `pegbox` on Hopper.",
+        "The same bits each time, on any GPU; otherwise the fastest way, which may sum gradients in any order.",
     )
 
     def wanted(self, kind: Literal["full", "window"]) -> Wanted:

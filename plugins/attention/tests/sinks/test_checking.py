@@ -121,3 +121,15 @@ def test_the_plan_says_what_is_known_and_asks_for_no_gpu(load: Callable[..., Run
     assert full["slot"] == window["slot"] == "attention"
     assert full["reason"].startswith("auto: flash-attn-4, else pegbox, else flex, else eager")
     assert window["reason"] == "pegbox: 4 heads of 16 on 2, a window of 4; checked when the run starts"
+
+
+def test_one_document_makes_no_table_and_is_attended_as_with_one() -> None:
+    pytest.importorskip("pegbox_kernels")
+    masks, generator = Masks(), torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(5, 2, 16, generator=generator) for _ in range(3))
+    attended = [
+        backend(name, masks)(q, k, v, None, Borders(torch.tensor([0, 5], dtype=torch.int32), 5), Rule(0.25))
+        for name in ("pegbox", "eager")
+    ]
+    torch.testing.assert_close(*attended)
+    assert [key[0] for _, key, _ in masks._kept] == ["dense"]

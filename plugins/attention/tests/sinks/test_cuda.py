@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from document_batches import Run, batch_of, outcome
-from pegbox.types import Batch
+from pegbox.rows import Batch
 from pegbox_attention.checking import Heads, check
 from pegbox_attention.sinks.choice import Place, generation, obstacle
 from transformers import AttentionInterface

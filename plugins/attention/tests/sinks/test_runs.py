@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from pegbox.hooks import hookimpl
 from pegbox.plan import compose
+from pegbox.rows import Examples
 from pegbox.run import execute
 from pegbox.testing.tiny import TinyExamples
-from pegbox.types import Examples, Processor
+from pegbox.types import Processor
 
 
 class Texts:

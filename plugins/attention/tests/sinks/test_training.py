@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from document_batches import Run, batch_of, outcome
-from pegbox.types import Batch
+from pegbox.rows import Batch
 
 Load = Callable[..., Run]
 PADDED = batch_of([[13], [7], [2]])
