@@ -1,7 +1,8 @@
 """A backend against plain attention, once at the start of a run, on the shape that the model has.
 
 Random queries, keys and values of two documents, and random sinks where a model has them, go through the backend and
-through attention as it is written down: in the run's arithmetic, and in float64 from the same numbers. The rule is
+through attention as it is written down: in the run's arithmetic, and in float64 from the same numbers. On Hopper one
+long document takes other kernels: one goes through ours as well, on one head of keys, against float32. The rule is
 flash attention's: the backend's error against float64 is at most twice that of plain PyTorch in the same arithmetic,
 plus a floor. A window that is one token off, a sink without a gradient or documents that see each other are far beyond.
 
@@ -12,7 +13,7 @@ The plugins `attention` and `gpt-oss-attention` hold this file in the same words
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 DOCUMENTS = (211, 109)
 """Tokens of each document: more than the window of gpt-oss, and no multiple of a tile."""
+LONG = 4163
+"""Tokens of the document that is long enough for kernels of their own; one head of keys keeps plain attention small."""
 FLOOR = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 FLOOR_TENSOR_CORES = 2e-3
 """Of float32 on a GPU, where matrix products may be taken in TF32."""
@@ -68,26 +71,47 @@ class Checked:
 
 def check(name: Backend, heads: Heads, device: torch.device, dtype: str, *, deterministic: bool) -> Checked:
     """The worst of what a backend computes on this shape, forward and backward; what it raises is raised."""
-    masks, arithmetic = Masks(), DTYPES[dtype]
-    inputs = _inputs(heads, device, arithmetic)
-    borders = Borders(torch.tensor([0, *DOCUMENTS], device=device).cumsum(0).to(torch.int32), max(DOCUMENTS))
+    arithmetic = DTYPES[dtype]
     rule = Rule(heads.size**-0.5, heads.window, heads.softcap, deterministic)
-    plain = backend("eager", masks)
-    exact = _results(plain, [part.double() for part in inputs], borders, rule, heads.sinks)
-    rounded = _results(plain, inputs, borders, rule, heads.sinks)
-    got = _results(backend(name, masks), inputs, borders, rule, heads.sinks)
-    on_tensor_cores = arithmetic == torch.float32 and device.type == "cuda"
-    floor = FLOOR_TENSOR_CORES if on_tensor_cores else FLOOR[arithmetic]
-    found = [
-        Checked(_distance(mine, true), 2 * _distance(plainly, true) + floor, where)
-        for mine, plainly, true, where in zip(got, rounded, exact, NAMES, strict=False)
-    ]
+    found = _compared(name, heads, DOCUMENTS, device, arithmetic, rule, torch.float64)
+    if name == "pegbox" and _has_own_kernels(heads, device, arithmetic):
+        group = replace(heads, heads=heads.heads // heads.key_heads, key_heads=1)
+        found += _compared(name, group, (LONG,), device, arithmetic, rule, torch.float32)
     return next((one for one in found if one.error != one.error), max(found, key=lambda one: one.error / one.allowed))
 
 
-def _inputs(heads: Heads, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+def _has_own_kernels(heads: Heads, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a long document alone is computed by other kernels than documents that share a row."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return hopper and heads.window is None and dtype.itemsize == 2
+
+
+def _compared(
+    name: Backend,
+    heads: Heads,
+    documents: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    rule: Rule,
+    exactly: torch.dtype,
+) -> list[Checked]:
+    masks, plain = Masks(), backend("eager", Masks())
+    inputs = _inputs(heads, sum(documents), device, dtype)
+    borders = Borders(torch.tensor([0, *documents], device=device).cumsum(0).to(torch.int32), max(documents))
+    exact = _results(plain, [part.to(exactly) for part in inputs], borders, rule, heads.sinks)
+    rounded = _results(plain, inputs, borders, rule, heads.sinks)
+    got = _results(backend(name, masks), inputs, borders, rule, heads.sinks)
+    on_tensor_cores = dtype == torch.float32 and device.type == "cuda"
+    floor = FLOOR_TENSOR_CORES if on_tensor_cores else FLOOR[dtype]
+    return [
+        Checked(_distance(mine, true), 2 * _distance(plainly, true) + floor, where)
+        for mine, plainly, true, where in zip(got, rounded, exact, NAMES, strict=False)
+    ]
+
+
+def _inputs(heads: Heads, tokens: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     """Queries, keys, values, sinks, and a gradient of the output; nobody's randomness moves."""
-    random, tokens = torch.Generator(device).manual_seed(0), sum(DOCUMENTS)
+    random = torch.Generator(device).manual_seed(0)
     shapes: list[tuple[int, ...]] = [
         (tokens, count, heads.size) for count in (heads.heads, heads.key_heads, heads.key_heads)
     ]
