@@ -55,6 +55,9 @@ class DataPlugin:
             item("format", "input_output", "segments:input_output", "Segments of text, each trained or not."),
             item("format", "pretraining", "documents:pretraining", "Plain text, all of it trained."),
             item("format", "tokens", "tokens:tokens", "Rows that were tokenized elsewhere."),
+            item("format", "preference", "preference:preference", "A prompt with a chosen and a rejected answer."),
+            item("format", "unpaired", "unpaired:unpaired", "A prompt with an answer that is wanted or not."),
+            item("format", "prompts", "prompts:prompts", "Prompts to be answered while training."),
             item("format", "steps", "steps:stepwise", "Steps of an answer with a verdict on each."),
         )
 

@@ -26,13 +26,13 @@ from pegbox_data.pieces import ARRAYS, Piece, PieceWriter, opened, tallies_from_
 if TYPE_CHECKING:
     from pegbox_data.pieces import Tally
 
-LAYOUT = 1
+LAYOUT = 2
 """Changes with the files that a piece is kept in."""
 NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 NOT_TOKENIZING = {
-    *("__init__", "building", "cache", "command", "config", "cursor", "declared", "entries", "examples", "files"),
-    *("hub", "inspecting", "lengths", "loading", "mixing", "pieces", "places", "report", "slices", "stream"),
-    *("synthetic", "viewing"),
+    *("__init__", "building", "cache", "command", "config", "cursor", "declared", "elsewhere", "entries", "examples"),
+    *("files", "hub", "inspecting", "lengths", "loading", "mixing", "pairwise", "pieces", "places", "report"),
+    *("slices", "stream", "synthetic", "viewing"),
 }
 """Modules of this package that do not change a token."""
 

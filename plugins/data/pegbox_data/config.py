@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pegbox.section import Section, setting
@@ -9,6 +10,19 @@ from pydantic import JsonValue, ValidationError, model_validator
 from pydantic_core import InitErrorDetails
 
 from pegbox_data.slices import parse_split
+
+TRUNCATE = "truncate"
+PART_OF_ANSWER = "A part of an answer is not what was preferred"
+UNJUDGED = "A cut row would have more verdicts than steps"
+NEVER_CUT = {
+    ("split", "preference"): PART_OF_ANSWER,
+    ("split", "unpaired"): PART_OF_ANSWER,
+    ("split", "prompts"): "A part of a question is another one",
+    (TRUNCATE, "prompts"): "A cut would take the end of the question",
+    ("split", "steps"): UNJUDGED,
+    (TRUNCATE, "steps"): UNJUDGED,
+}
+"""Why rows of a format are never cut in this way."""
 
 
 class DatasetEntry(Section):
@@ -98,7 +112,12 @@ class DataConfig(Section):
     shuffle: bool = setting(
         False, "Put the merged rows into a seeded order of their own; the trainer shuffles each epoch anyway."
     )
-    max_length: int | None = setting(None, "Longest row; no limit if not set.", unit="tokens", ge=2)
+    max_length: int | None = setting(
+        None,
+        "Longest row; of answers with signs the longest prompt with its answer; no limit if not set.",
+        unit="tokens",
+        ge=2,
+    )
     min_length: int | None = setting(None, "Shorter rows are left out and counted.", unit="tokens", ge=1)
     overlong: Literal["drop", "truncate", "split", "error"] = setting(
         "drop",
@@ -148,6 +167,16 @@ class DataConfig(Section):
                 raise ValueError(problem)
         return self
 
+    def _impossible_cuts(self) -> Iterator[tuple[bool, str]]:
+        """Formats whose rows cannot be cut up, or not at all."""
+        for entry in (*self.train, *self.eval):
+            why = NEVER_CUT.get((self.overlong, entry.format))
+            yield (
+                why is not None,
+                f"overlong is {self.overlong}, and an entry has the format {entry.format}. {why}. Set overlong: drop, "
+                f"{'' if (TRUNCATE, entry.format) in NEVER_CUT else 'truncate, '}or error",
+            )
+
     def _impossible(self) -> list[tuple[bool, str]]:
         """Combinations that cannot mean anything, and what to say about them."""
         shares = [entry.share is not None for entry in self.train]
@@ -184,6 +213,7 @@ class DataConfig(Section):
                 self.overlong != "drop" and self.max_length is None,
                 f"overlong is {self.overlong}, but max_length is not set. No row is too long. Set max_length",
             ),
+            *self._impossible_cuts(),
             (isinstance(self.workers, int) and self.workers < 1, "workers is less than 1. Set 1 or more, or auto"),
             (
                 any(entry.share is not None for entry in self.eval),

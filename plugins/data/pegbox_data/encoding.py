@@ -140,7 +140,7 @@ class Encoder:
         empty = [one for one in row.notes if one.id == "no-trained-token"]
         found = [one for one in row.notes if one.id != "no-trained-token"]
         lost, trained = encoded.border_tokens, int(np.count_nonzero(encoded.trained))
-        if not trained:
+        if not trained and not row.prompt:
             seen = f"no token of this row is trained ({len(encoded.ids)} tokens)"
             return empty or [Found("no-trained-token", seen)]
         if lost > 1 and lost > SPARE * (lost + trained):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pegbox.rows import Split
     from pegbox.types import Processor
 
-    from pegbox_data.formats import Format, Rendered
+    from pegbox_data.formats import Answers, Format, Rendered
     from pegbox_data.slices import SplitSlice
     from pegbox_data.sources import Part
 
@@ -39,7 +39,7 @@ class OpenedEntry:
     key: str
     entry: DatasetEntry
     parts: Sequence[Part]
-    render: Callable[[Mapping[str, Any]], Rendered]
+    render: Callable[[Mapping[str, Any]], Rendered | Answers]
     wanted: SplitSlice
     limit: int | None
     settings: Mapping[str, object]

@@ -9,6 +9,8 @@ import numpy as np
 from pegbox.record import Json
 from pegbox.rows import UNTRAINED, Example, Split
 
+from pegbox_data.lengths import cut_documents
+
 if TYPE_CHECKING:
     from pegbox_data.lengths import View
     from pegbox_data.pieces import Piece
@@ -23,15 +25,24 @@ class ViewExamples:
         fingerprint: identifies content, format, template, tokenizer and every option that changes a row.
         lengths: tokens of each row, int64, length R.
         trained_tokens: trained tokens of all rows.
+
+    Args:
+        longest: documents of rows with signs are cut to so many tokens.
     """
 
     def __init__(
-        self, pieces: Sequence[Piece], names: Sequence[str], view: View, split: Split, fingerprint: str
+        self,
+        pieces: Sequence[Piece],
+        names: Sequence[str],
+        view: View,
+        split: Split,
+        fingerprint: str,
+        longest: int | None = None,
     ) -> None:
         self.split, self.fingerprint = split, fingerprint
         self.lengths = view.stop - view.start
         self.trained_tokens = int(view.counts.sum())
-        self._pieces, self._names, self._view = pieces, names, view
+        self._pieces, self._names, self._view, self._longest = pieces, names, view, longest
 
     def __len__(self) -> int:
         return len(self._view)
@@ -39,10 +50,14 @@ class ViewExamples:
     def __getitem__(self, index: int) -> Example:
         view = self._view
         piece, start, stop = self._pieces[view.piece[index]], view.start[index], view.stop[index]
-        ids = np.asarray(piece.ids[start:stop])
-        labels = np.where(piece.trained[start:stop], ids, np.int32(UNTRAINED))
-        columns = piece.kept_columns(int(view.row[index]))
-        return Example(input_ids=ids, labels=labels, columns=columns)  # type: ignore[arg-type]
+        row = int(view.row[index])
+        documents, signs = piece.answers_of(row)
+        ids, trained = piece.ids, piece.trained
+        if sum(documents) > stop - start:
+            whole = slice(start, start + sum(documents))
+            documents, ids, trained = cut_documents(documents, ids[whole], trained[whole], self._longest)
+            start, stop = 0, len(ids)
+        return _example(ids[start:stop], trained[start:stop], piece.kept_columns(row), documents, signs)
 
     def describe(self, index: int) -> str:
         """`data/train.jsonl:17`."""
@@ -68,12 +83,22 @@ class WindowExamples:
 
     def __getitem__(self, index: int) -> Example:
         _, row, start, stop = self._rows[index]
-        ids = row.encoded.ids[start:stop]
-        labels = np.where(row.encoded.trained[start:stop], ids, np.int32(UNTRAINED))
-        columns: Mapping[str, Json] = row.columns
-        return Example(input_ids=ids, labels=labels, columns=columns)  # type: ignore[arg-type]
+        ids, trained = row.encoded.ids[start:stop], row.encoded.trained[start:stop]
+        return _example(ids, trained, row.columns, row.documents, row.signs)
 
     def describe(self, index: int) -> str:
         """`data/train.jsonl:17`."""
         name, row, _, _ = self._rows[index]
         return f"{name}:{row.line}"
+
+
+def _example(
+    ids: np.ndarray,
+    trained: np.ndarray,
+    columns: Mapping[str, Json],
+    documents: tuple[int, ...],
+    signs: tuple[int, ...],
+) -> Example:
+    own = np.asarray(ids)
+    labels = np.where(trained, own, np.int32(UNTRAINED))
+    return Example(input_ids=own, labels=labels, documents=documents, signs=signs, columns=columns)  # type: ignore[arg-type]

@@ -85,6 +85,13 @@ STOPS = (
         "Put borders between words, or before a space: tokens of most vocabularies begin with theirs.",
     ),
     Finding(
+        "unequal-prompts",
+        "rows whose two answers do not follow the same prompt",
+        "The answers differ from a message on that is not the assistant's, or the template renders their prompts "
+        "differently: the questions would be compared, not the answers.",
+        "Remove the rows, or correct their prompts.",
+    ),
+    Finding(
         "truncated-away",
         "rows cut to data.max_length before their first trained token",
         "Their answers begin later than the longest row may be.",
@@ -93,6 +100,21 @@ STOPS = (
     ),
 )
 NOTES = (
+    Finding(
+        "equal-answers",
+        "rows whose two answers are the same",
+        "Nobody can prefer one of them.",
+        "Nothing: they are left out.",
+        stops=False,
+        drops=True,
+    ),
+    Finding(
+        "unequal-prompt-tokens",
+        "rows whose prompt has other tokens before one answer than before the other",
+        "The tokenizer joins characters of the prompt's end and of an answer's beginning.",
+        "End prompts before a space, and begin answers with it; or nothing, if there are few.",
+        stops=False,
+    ),
     Finding(
         "border-token",
         "tokens reach over the border of a trained part and are not trained",

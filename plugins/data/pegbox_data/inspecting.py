@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -18,7 +18,7 @@ from pegbox_data.encoding import Encoder
 from pegbox_data.entries import OpenedEntry, open_entry
 from pegbox_data.findings import FINDINGS, Found
 from pegbox_data.lengths import LengthRule
-from pegbox_data.rows import RowEncoder
+from pegbox_data.rows import Row, RowEncoder
 from pegbox_data.twins import with_templates
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class Seen:
         findings: what the audit found; `allowed` of them do not stop.
         error: why the row cannot be used.
         length: what the length rule does to it, in words; empty: nothing.
+        documents, signs: lengths and signs of its documents, if it has signs.
     """
 
     number: int
@@ -50,6 +51,8 @@ class Seen:
     allowed: frozenset[str] = field(default_factory=frozenset)
     error: DataError | None = None
     length: str = ""
+    documents: Sequence[int] = ()
+    signs: Sequence[int] = ()
 
     @property
     def stops(self) -> bool:
@@ -97,7 +100,7 @@ def inspected_in(ctx: Context, split: str, rows: int, row: int | None = None) ->
                 for where, line, source in _sources(entry):
                     number += 1
                     if row is None or number == row:
-                        yield _seen(number, f"{where}:{line}", source, encode, rule, ctx.processor.tokenizer)
+                        yield from _seen(number, f"{where}:{line}", source, encode, rule, ctx.processor.tokenizer)
                     if number >= (rows if row is None else row):
                         return
         if row is not None:
@@ -115,30 +118,50 @@ def _sources(entry: OpenedEntry) -> Iterator[tuple[str, int, Any]]:
 
 def _seen(
     number: int, where: str, source: Any, encode: RowEncoder, rule: LengthRule, tokenizer: PreTrainedTokenizerBase
-) -> Seen:
+) -> Iterator[Seen]:
+    """The rows that a source row becomes; one that cannot be used is shown too."""
     batch = encode([source], 0)
     if batch.errors:
-        return Seen(number, where, source.row, error=batch.errors[0][1])
-    (made,) = batch.rows
-    ids, trained = made.encoded.ids.tolist(), made.encoded.trained.tolist()
-    found = list(made.found)
-    bounds = rule.bounds(len(ids), made.splits)
-    length = "" if bounds == [(0, len(ids))] else _cut(rule, len(ids), bounds)
-    if length and rule.overlong == "truncate" and not any(trained[: rule.longest]) and any(trained):
+        yield Seen(number, where, source.row, error=batch.errors[0][1])
+    for made in batch.rows:
+        ids, trained = made.encoded.ids.tolist(), made.encoded.trained.tolist()
+        seen = Seen(
+            number,
+            where,
+            source.row,
+            ids,
+            [token if one else UNTRAINED for token, one in zip(ids, trained, strict=True)],
+            _texts(tokenizer, ids),
+            list(made.found),
+            rule.allow,
+            documents=made.documents,
+            signs=made.signs,
+        )
+        yield _measured_answers(seen, made, rule) if made.signs else _measured(seen, made, rule)
+
+
+def _measured(seen: Seen, made: Row, rule: LengthRule) -> Seen:
+    """A row with what the length rule does to it."""
+    length, trained = len(seen.ids), made.encoded.trained
+    bounds = rule.bounds(length, made.splits)
+    if bounds == [(0, length)]:
+        return seen
+    found = list(seen.findings)
+    if rule.overlong == "truncate" and not trained[: rule.longest].any() and trained.any():
         found.append(Found("truncated-away"))
-    error = rule.too_long(len(ids)) if length and rule.overlong == "error" else None
-    return Seen(
-        number,
-        where,
-        source.row,
-        ids,
-        [token if one else UNTRAINED for token, one in zip(ids, trained, strict=True)],
-        _texts(tokenizer, ids),
-        found,
-        rule.allow,
-        error,
-        length,
-    )
+    error = rule.too_long(length) if rule.overlong == "error" else None
+    return replace(seen, findings=found, error=error, length=_cut(rule, length, bounds))
+
+
+def _measured_answers(seen: Seen, made: Row, rule: LengthRule) -> Seen:
+    """The same for a row with signs."""
+    longest = max(made.documents)
+    if rule.longest is None or longest <= rule.longest:
+        return seen
+    left = rule.answers(made.documents, made.encoded.trained)
+    what = "cut off" if left.documents else "left out" + (", the prompt leaves no room for an answer" * bool(left.why))
+    length = f"{longest:,} tokens with the prompt, data.max_length is {rule.longest:,}: {what}"
+    return replace(seen, error=left.error, length=length)
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:

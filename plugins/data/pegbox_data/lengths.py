@@ -1,14 +1,15 @@
 """The length rule, and the view of rows that it makes: which slices of which pieces are the rows of a split.
 
-Rows are never copied: to truncate or to split a row is to choose other bounds of a slice. Whatever is left out, cut or
-refused is counted by reason.
+Rows are never copied: to truncate or to split a row is to choose other bounds of a slice. Of rows with signs the rule
+is about each document: a cut takes the ends of answers, never the prompt. Whatever is left out, cut or refused is
+counted by reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from pegbox.errors import DataError
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from pegbox_data.pieces import Piece
     from pegbox_data.report import PartReport
 
+NO_ROOM = "rows dropped: their prompt leaves no room for an answer within data.max_length"
+
 
 @dataclass(frozen=True)
 class View:
@@ -27,6 +30,7 @@ class View:
 
     Attributes:
         piece: which piece; row: which of its rows; start, stop: tokens of the piece; counts: trained ones among them.
+            Of rows with signs whose documents are cut, `stop - start` tokens are left, but not those in between.
     """
 
     piece: np.ndarray
@@ -41,6 +45,17 @@ class View:
 
     def __len__(self) -> int:
         return len(self.row)
+
+
+class AnswersLeft(NamedTuple):
+    """What is left of a row with signs: tokens of each document (none: the row is left out) and how many are trained;
+    why it is left out, if not for its length alone; or the error that it is.
+    """
+
+    documents: tuple[int, ...]
+    trained: int
+    why: str
+    error: DataError | None
 
 
 @dataclass(frozen=True)
@@ -71,6 +86,22 @@ class LengthRule:
             return [(at, min(at + longest, length)) for at in range(0, length, longest)]
         return [(0, longest)] if self.overlong == "truncate" else []
 
+    def answers(self, documents: Sequence[int], trained: np.ndarray) -> AnswersLeft:
+        """What becomes of a row of documents with signs, one of which is longer than allowed; `trained` is its mask."""
+        if self.overlong == "split":
+            return AnswersLeft((), 0, "", _unsplittable())
+        if self.overlong != "truncate":
+            return AnswersLeft((), 0, "", self.too_long(max(documents)) if self.overlong == "error" else None)
+        kept = tuple(min(length, self.longest or length) for length in documents)
+        ends = np.cumsum(documents)
+        counts = [
+            int(np.count_nonzero(trained[end - d : end - d + k]))
+            for end, d, k in zip(ends, documents, kept, strict=True)
+        ]
+        if not all(counts):
+            return AnswersLeft((), 0, NO_ROOM, None)
+        return AnswersLeft(kept, sum(counts), "", None)
+
     def too_long(self, length: int) -> DataError:
         """The error for a row that is too long."""
         return DataError(
@@ -88,9 +119,9 @@ class LengthRule:
 def apply(rule: LengthRule, piece: Piece, index: int, report: PartReport) -> View:
     """The rows of piece number `index` within the rule; what happened to the others goes to the report."""
     keep = _usable(rule, piece, report)
-    lengths = piece.lengths
+    shortest, lengths = piece.spread()
     if rule.shortest is not None:
-        short = keep & (lengths < rule.shortest)
+        short = keep & (shortest < rule.shortest)
         report.count(f"rows dropped: shorter than data.min_length ({rule.shortest:,} tokens)", piece.lines[short])
         keep &= ~short
     long = keep & (lengths > rule.longest) if rule.longest is not None else np.zeros(len(lengths), dtype=bool)
@@ -130,6 +161,17 @@ def _overlong(
     limit = f"data.max_length ({rule.longest:,} tokens)"
     for row in rows.tolist():
         length, line, begin = int(piece.lengths[row]), int(piece.lines[row]), int(piece.starts[row])
+        documents, _ = piece.answers_of(row)
+        if documents:
+            left = rule.answers(documents, piece.trained[begin : begin + length])
+            if left.error is not None:
+                report.error(line, left.error)
+            if left.documents:
+                made.append((row, begin, begin + sum(left.documents), left.trained))
+            report.add(
+                f"rows cut to {limit}" if left.documents else left.why or f"rows dropped: longer than {limit}", 1, line
+            )
+            continue
         bounds = rule.bounds(length, bool(piece.splits[row]))
         if not bounds:
             if rule.overlong == "error":
@@ -156,3 +198,21 @@ def joined(views: Sequence[View]) -> View:
     """The rows of several views, one after the other."""
     names = ("piece", "row", "start", "stop", "counts")
     return View(*(np.concatenate([getattr(view, name) for view in views]) for name in names))
+
+
+def cut_documents(
+    documents: Sequence[int], ids: np.ndarray, trained: np.ndarray, longest: int | None
+) -> tuple[tuple[int, ...], np.ndarray, np.ndarray]:
+    """Documents that stand one after the other, each without what lies behind its first `longest` tokens."""
+    kept = tuple(length if longest is None else min(length, longest) for length in documents)
+    starts = np.cumsum([0, *documents])
+    chosen = np.concatenate([np.arange(start, start + length) for start, length in zip(starts, kept, strict=False)])
+    return kept, ids[chosen], trained[chosen]
+
+
+def _unsplittable() -> DataError:
+    return DataError(
+        "the row has answers with signs, and data.overlong is split",
+        "Parts of an answer are not what was preferred.",
+        "Set data.overlong: drop, or truncate.",
+    )

@@ -181,7 +181,8 @@ class Datasets:
                 f"than data.min_length ({self._config.min_length}), or held out.",
                 "Set data.max_length higher, or data.overlong: truncate.",
             )
-        examples = ViewExamples(loaded.pieces, loaded.names, view, split, self._fingerprint(loaded, split))
+        fingerprint, longest = self._fingerprint(loaded, split), self._rule.longest
+        examples = ViewExamples(loaded.pieces, loaded.names, view, split, fingerprint, longest)
         self._say(summary(split, examples.lengths, examples.trained_tokens), once=True)
         return examples
 

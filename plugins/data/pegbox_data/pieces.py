@@ -32,8 +32,13 @@ ARRAYS: dict[str, str] = {
     "digests": "<u8",
     "columns": "|u1",
     "column_lengths": "<i8",
+    "documents": "<i8",
+    "signs": "|i1",
+    "answers": "|u1",
 }
 """Names and types of the arrays: what `Piece` says of them."""
+WHERE_NEEDED = {"column_lengths": 8, "answers": 1}
+"""Arrays with a value of so many bytes for each row that are empty as long as no row needs one."""
 
 
 @dataclass
@@ -57,6 +62,8 @@ class Piece:
         splits: rows that are cut up if too long, whatever the length rule, bool, length R.
         digests: two numbers for each row's ids and mask, uint64, length 2 R.
         columns, column_lengths: kept columns of each row as JSON, bytes; or empty.
+        answers: of how many documents with signs each row consists, 0: of none, uint8, length R; or empty.
+        documents, signs: lengths of all such documents, int64, and their signs, int8.
         read: how many rows were read.
         findings: what the audit found, by id.
     """
@@ -71,19 +78,41 @@ class Piece:
     digests: np.ndarray
     columns: np.ndarray
     column_lengths: np.ndarray
+    documents: np.ndarray
+    signs: np.ndarray
+    answers: np.ndarray
     read: int
     findings: Mapping[str, Tally]
 
     def __post_init__(self) -> None:
-        for name, lengths in (("starts", self.lengths), ("column_starts", self.column_lengths)):
-            object.__setattr__(self, name, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+        named = {"starts": self.lengths, "column_starts": self.column_lengths, "answer_starts": self.answers}
+        for name, lengths in named.items():
+            object.__setattr__(self, name, np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64))
 
     starts: np.ndarray = field(init=False)
     column_starts: np.ndarray = field(init=False)
+    answer_starts: np.ndarray = field(init=False)
+
+    def answers_of(self, row: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Lengths and signs of the documents of a row with signs; none of one without."""
+        if not len(self.answers) or not self.answers[row]:
+            return (), ()
+        own = slice(self.answer_starts[row], self.answer_starts[row + 1])
+        return tuple(self.documents[own].tolist()), tuple(self.signs[own].tolist())
+
+    def spread(self) -> tuple[np.ndarray, np.ndarray]:
+        """The shortest and the longest document of each row, int64, length R; of a row without signs its length."""
+        signed = np.flatnonzero(self.answers)
+        if not len(signed):
+            return self.lengths, self.lengths
+        shortest, longest = self.lengths.copy(), self.lengths.copy()
+        shortest[signed] = np.minimum.reduceat(self.documents, self.answer_starts[signed])
+        longest[signed] = np.maximum.reduceat(self.documents, self.answer_starts[signed])
+        return shortest, longest
 
     def kept_columns(self, row: int) -> Mapping[str, Json]:
         """The columns of a source row that stay with it."""
-        if not len(self.column_lengths):
+        if not len(self.column_lengths) or not self.column_lengths[row]:
             return {}
         columns: Mapping[str, Json] = json.loads(
             self.columns[self.column_starts[row] : self.column_starts[row + 1]].tobytes()
@@ -111,16 +140,14 @@ class PieceWriter:
         if folder is not None:
             self._files = {name: self._open.enter_context((folder / f"{name}.bin").open("wb")) for name in ARRAYS}
         self._rows = 0
+        self._needed: set[str] = set()
         self.findings: dict[str, Tally] = {}
         self.tokens = 0
 
     def add(self, chunk: Chunk) -> None:
         """Append rows."""
         for name, data in chunk.arrays.items():
-            if self._folder is None:
-                self._memory[name] += data
-            else:
-                self._files[name].write(data)
+            self._write(name, self._filled(name, data, chunk.rows))
         self.tokens += len(chunk.arrays["ids"]) // 4
         for found, row, line in chunk.findings:
             tally = self.findings.setdefault(found.id, Tally(line=line, detail=found.detail))
@@ -129,6 +156,24 @@ class PieceWriter:
             if finding is None or finding.stops or finding.drops:
                 tally.rows.append(self._rows + row)
         self._rows += chunk.rows
+
+    def _write(self, name: str, data: bytes) -> None:
+        if self._folder is None:
+            self._memory[name] += data
+        else:
+            self._files[name].write(data)
+
+    def _filled(self, name: str, data: bytes, rows: int) -> bytes:
+        """The values of a chunk for an array that is there where needed: from the first row with a value on, with
+        zeros for rows without.
+        """
+        size = WHERE_NEEDED.get(name)
+        if size is None:
+            return data
+        if data and name not in self._needed:
+            self._needed.add(name)
+            return bytes(self._rows * size) + data
+        return data or bytes(rows * size if name in self._needed else 0)
 
     def close(self, read: int) -> Piece:
         """The piece; `read` rows were read in all."""

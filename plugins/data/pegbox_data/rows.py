@@ -23,7 +23,9 @@ import numpy as np
 from pegbox.errors import DataError, RunError
 
 from pegbox_data.findings import Found
+from pegbox_data.formats import Rendered
 from pegbox_data.pieces import Chunk
+from pegbox_data.signed import signed_rows
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -31,19 +33,19 @@ if TYPE_CHECKING:
     from pegbox.record import Json
 
     from pegbox_data.encoding import Encoded, Encoder
-    from pegbox_data.formats import Rendered
+    from pegbox_data.formats import Answers
     from pegbox_data.sources import Entry
 
 BATCH_ROWS = 256
 ALONE = 8
 """So many batches are tokenized by this process before others are started: they cost some tenths of a second."""
 
-Render = Callable[[Mapping[str, Any]], "Rendered"]
+Render = Callable[[Mapping[str, Any]], "Rendered | Answers"]
 
 
 @dataclass(slots=True)
 class Row:
-    """One tokenized row, and where it came from."""
+    """One tokenized row, and where it came from; with the lengths of its documents and their signs if it has any."""
 
     line: int
     position: int
@@ -51,6 +53,8 @@ class Row:
     splits: bool
     found: list[Found]
     columns: Mapping[str, Json]
+    documents: tuple[int, ...] = ()
+    signs: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -73,37 +77,48 @@ class RowEncoder:
     def __call__(self, entries: Sequence[Entry], first: int) -> Batch:
         """The rows of some entries, the first of which is row number `first` of its part."""
         batch = Batch()
-        usable: list[tuple[int, int, Rendered, Mapping[str, Json]]] = []
+        usable: list[tuple[int, int, Rendered | Answers, Mapping[str, Json]]] = []
         for position, entry in enumerate(entries, first):
             try:
                 row = _readable(entry)
                 rendered = self.render(row)
-                kept: Mapping[str, Json] = {column: _column(row, column) for column in self.columns}
+                kept = _kept(row, self.columns, rendered)
             except DataError as error:
                 batch.bad.append(position)
                 batch.errors.append((entry.line, error))
             else:
                 usable.append((entry.line, position, rendered, kept))
-        encoded = self.encoder.encode([rendered for _, _, rendered, _ in usable])
-        for (line, position, rendered, kept), tokens in zip(usable, encoded, strict=True):
-            found = self.encoder.audit(rendered, tokens)
-            batch.rows.append(Row(line, position, tokens, rendered.split, found, kept))
+        encoded = iter(self.encoder.encode([text for _, _, rendered, _ in usable for text in _texts(rendered)]))
+        for line, position, rendered, kept in usable:
+            if isinstance(rendered, Rendered):
+                tokens = next(encoded)
+                found = self.encoder.audit(rendered, tokens)
+                batch.rows.append(Row(line, position, tokens, rendered.split, found, kept))
+            else:
+                own = list(islice(encoded, len(rendered.texts)))
+                batch.rows += [
+                    Row(line, position, one.encoded, False, one.found, kept, one.documents, one.signs)
+                    for one in signed_rows(rendered, own, self.encoder)
+                ]
         return batch
 
     def chunk(self, entries: Sequence[Entry], first: int) -> tuple[Chunk, list[tuple[int, DataError]]]:
         """The same as bytes, which travel between processes at little cost."""
         batch = self(entries, first)
-        return _chunk(batch.rows, bool(self.columns)), batch.errors
+        return _chunk(batch.rows), batch.errors
 
 
-def _chunk(rows: Sequence[Row], with_columns: bool) -> Chunk:
+def _texts(rendered: Rendered | Answers) -> Sequence[Rendered]:
+    return (rendered,) if isinstance(rendered, Rendered) else rendered.texts
+
+
+def _chunk(rows: Sequence[Row]) -> Chunk:
     ids = [row.encoded.ids for row in rows]
     trained = [row.encoded.trained for row in rows]
-    columns = [json.dumps(row.columns, default=str).encode() for row in rows] if with_columns else []
-    digests = [
-        hashlib.blake2b(tokens.tobytes() + mask.tobytes(), digest_size=16).digest()
-        for tokens, mask in zip(ids, trained, strict=True)
-    ]
+    columns: list[bytes] = []
+    signed = rows if any(row.signs for row in rows) else ()
+    if any(row.columns for row in rows):
+        columns = [json.dumps(row.columns, default=str).encode() for row in rows]
     arrays = {
         "ids": np.concatenate(ids).astype("<i4").tobytes() if ids else b"",
         "trained": np.concatenate(trained).tobytes() if ids else b"",
@@ -112,12 +127,23 @@ def _chunk(rows: Sequence[Row], with_columns: bool) -> Chunk:
         "lines": np.array([row.line for row in rows], dtype="<i8").tobytes(),
         "positions": np.array([row.position for row in rows], dtype="<i8").tobytes(),
         "splits": np.array([row.splits for row in rows], dtype="|b1").tobytes(),
-        "digests": b"".join(digests),
+        "digests": b"".join(map(_digest, rows)),
         "columns": b"".join(columns),
         "column_lengths": np.array([len(column) for column in columns], dtype="<i8").tobytes(),
+        "documents": np.array([length for row in signed for length in row.documents], dtype="<i8").tobytes(),
+        "signs": np.array([sign for row in signed for sign in row.signs], dtype="|i1").tobytes(),
+        "answers": np.array([len(row.signs) for row in signed], dtype="|u1").tobytes(),
     }
     found = [(one, index, row.line) for index, row in enumerate(rows) for one in row.found]
     return Chunk(arrays, len(rows), found)
+
+
+def _digest(row: Row) -> bytes:
+    """Of tokens and mask, and of documents and signs: an answer and its opposite are not the same row."""
+    content = row.encoded.ids.tobytes() + row.encoded.trained.tobytes()
+    if row.signs:
+        content += np.array([*row.documents, *row.signs], dtype="<i8").tobytes()
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def chunks(
@@ -238,6 +264,14 @@ def _readable(entry: Entry) -> Mapping[str, Any]:
     if entry.row is None:
         raise entry.error or DataError("the row cannot be read")
     return entry.row
+
+
+def _kept(row: Mapping[str, Any], columns: Sequence[str], rendered: Rendered | Answers) -> Mapping[str, Json]:
+    """The columns that stay with a row: those that the config names, and what its format adds."""
+    own = rendered.columns if isinstance(rendered, Rendered) else None
+    if own is None:
+        return {column: _column(row, column) for column in columns}
+    return {**{column: _column(row, column) for column in columns if column not in own}, **own}
 
 
 def _column(row: Mapping[str, Any], column: str) -> Any:

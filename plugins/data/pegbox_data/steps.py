@@ -3,7 +3,7 @@
 The token of the separator behind each step is marked as trained: there a verdict is given. Pieces are tokenized apart,
 as in TRL's PRM trainer, so that each separator is a token of its own and the n-th marked token belongs to the n-th
 verdict. The verdicts themselves always stay with the row, as its column `labels`: the n-th one belongs to the n-th
-trained token. (Of a row that was cut, the tokens that are left have the first ones.)
+trained token, which is why rows are never cut.
 """
 
 from __future__ import annotations

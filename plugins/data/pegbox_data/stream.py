@@ -26,6 +26,7 @@ from pegbox_data.cursor import Drawn, Mix, MixPlace
 from pegbox_data.encoding import Encoder
 from pegbox_data.examples import WindowExamples
 from pegbox_data.findings import FINDINGS, stopping
+from pegbox_data.lengths import cut_documents
 from pegbox_data.rows import Row, RowEncoder
 
 if TYPE_CHECKING:
@@ -161,12 +162,13 @@ class RowStream:
                 yield list(self._batch(rows, encode))
 
     def _batch(self, rows: Sequence[Drawn], encode: Sequence[RowEncoder]) -> Iterator[Unit]:
-        made: dict[int, Row] = {}
+        made: dict[int, list[Row]] = {}
         bad: dict[int, DataError] = {}
         for entry in {row.entry for row in rows}:
             own = [number for number, row in enumerate(rows) if row.entry == entry]
             batch = encode[entry]([rows[number].row for number in own], 0)
-            made.update((own[row.position], row) for row in batch.rows)
+            for row in batch.rows:
+                made.setdefault(own[row.position], []).append(row)
             bad.update((own[position], error) for position, (_, error) in zip(batch.bad, batch.errors, strict=True))
         for number, drawn in enumerate(rows):
             if number in bad:
@@ -174,46 +176,72 @@ class RowStream:
                 where = f"{drawn.name}:{drawn.row.line}: {error.what}"
                 yield Unit((), (), DataError(where, error.why, error.next), drawn.behind)
             else:
-                yield self._unit_of(drawn, made[number])
+                yield self._unit_of(drawn, made.get(number, ()))
 
-    def _unit_of(self, drawn: Drawn, row: Row) -> Unit:
-        counts, rule = [], self._rule
-        where = f"{drawn.name}:{row.line}"
+    def _unit_of(self, drawn: Drawn, rows: Sequence[Row]) -> Unit:
+        slices: list[Slice] = []
+        counts: list[str] = []
+        for row in rows:
+            error = self._use(drawn.name, row, slices, counts)
+            if error is not None:
+                where = f"{drawn.name}:{row.line}: {error.what}"
+                return Unit((), (), DataError(where, error.why, error.next), drawn.behind)
+        return Unit(slices, counts, None, drawn.behind)
 
-        def refused(error: DataError) -> Unit:
-            return Unit((), (), DataError(f"{where}: {error.what}", error.why, error.next), drawn.behind)
-
-        dropped = False
+    def _use(self, name: str, row: Row, slices: list[Slice], counts: list[str]) -> DataError | None:
+        """Add what becomes of a row, and what is counted of it; an error if it stops the run."""
+        dropped, rule = False, self._rule
         for found in row.found:
             finding = FINDINGS.get(found.id)
             if finding is not None and finding.stops and found.id not in rule.allow:
-                return refused(stopping(found))
+                return stopping(found)
             dropped |= finding is not None and finding.drops
             counts.append(finding.counted if finding is not None else found.id)
         if dropped:
-            return Unit((), counts, None, drawn.behind)
-        length = len(row.encoded.ids)
-        if rule.shortest is not None and length < rule.shortest:
-            return Unit((), [*counts, "rows dropped: shorter than data.min_length"], None, drawn.behind)
+            return None
+        documents = row.documents or (len(row.encoded.ids),)
+        if rule.shortest is not None and min(documents) < rule.shortest:
+            counts.append("rows dropped: shorter than data.min_length")
+            return None
+        if row.signs:
+            return self._use_answers(name, row, slices, counts)
+        return self._use_bounds(name, row, slices, counts)
+
+    def _use_answers(self, name: str, row: Row, slices: list[Slice], counts: list[str]) -> DataError | None:
+        """The same for a row with signs that is not too short."""
+        if self._rule.longest is not None and max(row.documents) > self._rule.longest:
+            left = self._rule.answers(row.documents, row.encoded.trained)
+            if left.error is not None or not left.documents:
+                counts.append(left.why or "rows dropped: longer than data.max_length")
+                return left.error
+            ids, trained = row.encoded.ids, row.encoded.trained
+            kept, ids, trained = cut_documents(row.documents, ids, trained, self._rule.longest)
+            row = replace(row, encoded=replace(row.encoded, ids=ids, trained=trained), documents=kept)
+            counts.append("rows cut to data.max_length")
+        slices.append((name, row, 0, len(row.encoded.ids)))
+        return None
+
+    def _use_bounds(self, name: str, row: Row, slices: list[Slice], counts: list[str]) -> DataError | None:
+        """The same for a row without signs."""
+        rule, length = self._rule, len(row.encoded.ids)
         bounds = rule.bounds(length, row.splits)
-        if not bounds and rule.overlong == "error":
-            return refused(rule.too_long(length))
         if not bounds:
-            return Unit((), [*counts, "rows dropped: longer than data.max_length"], None, drawn.behind)
-        if bounds[-1][1] < length or len(bounds) > 1:
+            counts.append("rows dropped: longer than data.max_length")
+            return rule.too_long(length) if rule.overlong == "error" else None
+        whole = bounds == [(0, length)]
+        if not whole:
             counts.append(f"rows {'split' if len(bounds) > 1 else 'cut'} to data.max_length")
-        slices: list[Slice] = []
         for start, stop in bounds:
-            trained = np.count_nonzero(row.encoded.trained[start:stop])
+            trained = whole or np.count_nonzero(row.encoded.trained[start:stop])
             if trained and (rule.shortest is None or stop - start >= rule.shortest):
-                slices.append((drawn.name, row, start, stop))
+                slices.append((name, row, start, stop))
             elif len(bounds) > 1:
                 counts.append("parts of split rows dropped: without a trained token, or too short")
             elif "truncated-away" in rule.allow:
                 counts.append(f"{FINDINGS['truncated-away'].counted}: dropped")
             else:
-                return refused(rule.truncated_away(length))
-        return Unit(slices, counts, None, drawn.behind)
+                return rule.truncated_away(length)
+        return None
 
 
 class _Ahead:

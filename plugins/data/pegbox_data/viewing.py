@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import typer
-from pegbox.rows import UNTRAINED
 
 from pegbox_data.findings import FINDINGS
+from pegbox_data.pairwise import answers, text
 
 if TYPE_CHECKING:
     from pegbox_data.inspecting import Seen
-
-OPEN, CLOSE = "⟦", "⟧"
-"""Around trained text where there are no colours."""
 
 
 def shown_rows(rows: Iterable[Seen], as_json: bool) -> bool:
@@ -45,6 +40,8 @@ def _json(row: Seen) -> str:
     made: dict[str, object] = {"row": row.number, "where": row.where}
     if row.ids:
         made |= {"input_ids": row.ids, "labels": row.labels, "tokens": row.tokens}
+    if row.signs:
+        made |= {"documents": row.documents, "signs": row.signs}
     made |= {"source": row.source, "findings": [_finding(row, one.id, one.detail) for one in row.findings]}
     if row.length:
         made["length"] = row.length
@@ -61,11 +58,13 @@ def _finding(row: Seen, name: str, detail: str) -> dict[str, object]:
 
 def _lines(row: Seen) -> Iterator[str]:
     share = f"{len(row.ids):,} tokens, {row.trained:,} trained" if row.ids else "cannot be used"
+    if len(row.signs) == 1:
+        share = f"{'wanted' if row.signs[0] > 0 else 'not wanted'}, {share}"
     yield typer.style(f"row {row.number}  {row.where}  {share}", bold=True)
     if row.error is not None:
         yield typer.style(str(row.error), fg="red")
     if row.ids:
-        yield _text(row.tokens, row.labels)
+        yield from answers(row) if len(row.signs) > 1 else [text(row.tokens, row.labels)]
     for name, count in Counter(one.id for one in row.findings).items():
         stops = FINDINGS[name].stops and name not in row.allowed
         detail = next(one.detail for one in row.findings if one.id == name) or FINDINGS[name].counted
@@ -73,21 +72,3 @@ def _lines(row: Seen) -> Iterator[str]:
     if row.length:
         yield typer.style(f"length: {row.length}", fg="yellow")
     yield ""
-
-
-def _text(tokens: Sequence[str], labels: Sequence[int]) -> str:
-    """The tokens of a row: coloured, every other one underlined so that borders show; or with marks."""
-    marked = zip(tokens, labels, strict=True)
-    if sys.stdout.isatty():
-        return "".join(
-            typer.style(
-                token.replace("\n", "↵\n"),
-                fg="green" if label != UNTRAINED else None,
-                dim=label == UNTRAINED,
-                underline=bool(number % 2),
-            )
-            for number, (token, label) in enumerate(marked)
-        )
-    runs = groupby(marked, key=lambda pair: pair[1] != UNTRAINED)
-    texts = [("".join(token for token, _ in run), trained) for trained, run in runs]
-    return "".join(f"{OPEN}{text}{CLOSE}" if trained else text for text, trained in texts)

@@ -23,6 +23,10 @@ from pegbox_data.chat import ChatOptions, chat
 from pegbox_data.encoding import Encoder
 from pegbox_data.findings import Found
 from pegbox_data.formats import TEMPLATES, Renderer
+from pegbox_data.preference import preference
+from pegbox_data.rows import Row, RowEncoder
+from pegbox_data.sources import Entry
+from pegbox_data.unpaired import unpaired
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -128,6 +132,22 @@ def train_mask(
     return Trained(rendered.text, encoded.ids, encoded.trained, encoded.border_tokens, tokenizer, found)
 
 
+@lru_cache
+def answering(tokenizer: PreTrainedTokenizerBase, form: str, options: str) -> Renderer:
+    """One of the formats with answers, opened once."""
+    kind = {"preference": preference, "unpaired": unpaired}[form]
+    return kind.open(kind.fields, kind.options.model_validate_json(options), processor_of(tokenizer))
+
+
+def answer_rows(tokenizer: PreTrainedTokenizerBase, row: Any, form: str = "preference", **options: Any) -> list[Row]:
+    """The rows that a source row with answers becomes."""
+    with encoder_of(tokenizer, len(tokenizer)).session() as encoder:
+        encode = RowEncoder(answering(tokenizer, form, json.dumps(options)), encoder, ())
+        batch = encode([Entry(1, row)], 0)
+    assert not batch.errors, batch.errors
+    return batch.rows
+
+
 @dataclass(frozen=True)
 class OneProcess:
     """The runtime of a run of one process, as far as data needs it."""
@@ -212,6 +232,12 @@ def tokenizer_of() -> Callable[[str], PreTrainedTokenizerFast]:
 def masked() -> Callable[..., Trained]:
     """`masked(tokenizer, messages, **options)` renders and tokenizes a conversation."""
     return train_mask
+
+
+@pytest.fixture(scope="session")
+def answered() -> Callable[..., list[Row]]:
+    """`answered(tokenizer, row, form, **options)`: the rows that a source row with answers becomes."""
+    return answer_rows
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,15 @@ CASES = {
     "vanished-turn": ({"messages": [SYSTEM, *GOOD["messages"]]}, {}, NO_SYSTEM),
     "vanished-tools": ({**GOOD, "tools": [TOOL]}, {}, None),
     "span-inside-token": ({"messages": [GOOD["messages"][0], {"role": "assistant", "content": PARTS}]}, {}, None),
+    "unequal-prompts": (
+        {
+            "prompt": GOOD["messages"],
+            "chosen": GOOD["messages"],
+            "rejected": [{"role": "user", "content": "b"}, *GOOD["messages"][1:]],
+        },
+        {"format": "preference"},
+        None,
+    ),
     "truncated-away": (
         {"messages": [{"role": "user", "content": "one two " * 30}, *GOOD["messages"][1:]]},
         {"max_length": 20, "overlong": "truncate"},
@@ -49,7 +58,11 @@ def prepared(workspace, tokenizer_with, name):
         workspace.tokenizer.eos_token = workspace.tokenizer.convert_ids_to_tokens(0)
     settings = dict(settings)
     entry = {"path": "rows.jsonl", "format": settings.pop("format", "chat")}
-    good = {"input_ids": [5, 6], "labels": [-100, 6]} if entry["format"] == "tokens" else GOOD
+    good = {
+        "chat": GOOD,
+        "tokens": {"input_ids": [5, 6], "labels": [-100, 6]},
+        "preference": {"prompt": "a", "chosen": "four", "rejected": "new"},
+    }[entry["format"]]
     workspace.write("rows.jsonl", [good, row])
     return {"train": [entry], **settings}
 
