@@ -36,8 +36,8 @@ class PackedRows:
             raise DataError(
                 f"{too_long.size:,} of {len(rows):,} rows are longer than packing.length, {config.length:,}: {named}",
                 "A row is packed whole: it cannot be longer than a bin.",
-                f"Set data.max_length={config.length} (data.overlong says what becomes of longer rows), or raise "
-                "packing.length.",
+                f"Set data.max_length={config.length}, half of it for preferences, which are packed as pairs "
+                "(data.overlong says what becomes of longer rows), or raise packing.length.",
             )
 
     @cached_property

@@ -34,6 +34,7 @@ def evaluate(runtime: Runtime, model: Model, loss: Loss, source: BatchSource) ->
         for micro_batches in source:
             refuse_split(runtime, loss, micro_batches)
             for batch in micro_batches:
+                loss.counts(batch)  # a loss refuses rows that it cannot take while they are on the host
                 placed = batch.to(runtime.device)
                 output = loss(placed, model.forward(placed, loss.needs))
                 terms.add(output.terms)
