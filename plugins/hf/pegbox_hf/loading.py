@@ -28,6 +28,7 @@ from pegbox_hf.classifier import (
     name_padding,
     require_classifier,
     require_trained_head,
+    sparing_head,
 )
 from pegbox_hf.config import HfConfig
 from pegbox_hf.forward import HEAD, compute
@@ -247,6 +248,9 @@ def _from_weights(ctx: Context, opened: Opened, request: ModelRequest, dtype: st
     arguments = {"dtype": dtype, "use_safetensors": True, **opened.arguments, **_architecture(request)}
     with _explained(request):
         arguments |= _quantization(ctx, request)
+        if request.options.classify is not None and request.options.quantization is not None:
+            shape = _on_meta(ctx, opened, request, dtype)
+            arguments["quantization_config"] = sparing_head(request.options.quantization, shape)
         if opened.whole is not None:
             module, missing = load_text_part(opened.base.address, opened.whole, opened.config, **arguments)
         else:

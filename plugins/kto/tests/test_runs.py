@@ -50,11 +50,6 @@ def test_it_runs_with_the_plugin_reference(tmp_path: Path) -> None:
     assert figures["rewards/margins"] > 0
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=PluginError,
-    reason="the plugin reference gives held-out batches that are laid out for others no log-probabilities yet",
-)
 def test_held_out_rows_are_measured_with_the_plugin_reference(tmp_path: Path) -> None:
     pytest.importorskip("pegbox_reference")
     figures = run(tmp_path / "run", Tiny(TRAIN, HELD_OUT), ("reference", "kto"), reference={"how": "copy"})

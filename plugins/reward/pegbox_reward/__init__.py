@@ -1,0 +1,38 @@
+"""Outcome reward models: one number for a whole answer, learnt from preferences (Bradley and Terry 1952)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pegbox.hooks import hookimpl
+from pegbox.types import ConfigSection
+
+if TYPE_CHECKING:
+    from pegbox.context import Context
+    from pegbox.types import Loss, ModelOptions
+
+
+class RewardPlugin:
+    """Owns `build_loss`, and asks for a model that predicts one number for a sequence."""
+
+    @hookimpl
+    def register_config(self) -> ConfigSection:
+        from pegbox_reward.config import RewardConfig
+
+        return ConfigSection(schema=RewardConfig)
+
+    @hookimpl
+    def configure_model(self) -> ModelOptions:
+        from pegbox.types import ModelOptions
+
+        return ModelOptions(classify="sequence", labels=1)
+
+    @hookimpl
+    def build_loss(self, ctx: Context) -> Loss:
+        from pegbox_reward.config import RewardConfig
+        from pegbox_reward.loss import RewardLoss
+
+        settings = ctx.section(RewardConfig)
+        processor = vars(ctx).get("processor")  # there is none where a step is only measured
+        pad_id = None if processor is None else processor.pad_id
+        return RewardLoss(margin=settings.margin, center=settings.center, pad_id=pad_id)
