@@ -41,7 +41,10 @@ class Sampling(Record):
 
 
 class RolloutRequest(Record):
-    """Prompts as token ids with the columns of their source rows; `samples` completions are wanted of each."""
+    """Prompts as token ids with the columns of their source rows; `samples` completions are wanted of each.
+
+    Every rank makes the same request and gets all rollouts of it.
+    """
 
     prompts: tuple[tuple[int, ...], ...]
     columns: tuple[Mapping[str, Json], ...]

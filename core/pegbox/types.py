@@ -220,7 +220,8 @@ class Loss(Protocol):
     """A loss declares what it needs and never calls the model. `scope = "batch"`: it needs a whole batch at once.
 
     An attribute `uniform = True` promises one gradient for all trained log-probabilities, so that a head may use it;
-    `extras`, a set of names, says what it needs of `Batch.extra`: some active plugin declares each as an item `extra`.
+    `extras`, a set of names, says what it needs of `Batch.extra`: some active plugin declares each as an item `extra`;
+    `entropy_gradient = True`: it differentiates the entropy, so that a head may not make its own gradient early.
     """
 
     needs: frozenset[Need]

@@ -41,6 +41,7 @@ class WeighedLoss:
         self.losses, self.weights = losses, weights
         self.needs = frozenset().union(*(loss.needs for loss in losses.values()))
         self.extras = frozenset().union(*(getattr(loss, "extras", ()) for loss in losses.values()))
+        self.entropy_gradient = any(getattr(loss, "entropy_gradient", False) for loss in losses.values())
         self.scope: Literal["token", "batch"] = (
             "batch" if any(loss.scope == "batch" for loss in losses.values()) else "token"
         )

@@ -19,13 +19,12 @@ from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from pegbox.errors import ConfigError, DataError, RunError
-from pegbox.rows import UNTRAINED, Batch, Dataset, Example, ExampleStream, PackedExamples
+from pegbox.rows import Batch, Dataset, Example, ExampleStream, PackedExamples
 
 from pegbox_trainer.collation import Bin, collate, documents_of, shares_lines
 from pegbox_trainer.config import TrainerConfig
-from pegbox_trainer.windows import Epochs, StreamWindows, Windows
+from pegbox_trainer.windows import Epochs, StreamWindows, Windows, trains
 
 if TYPE_CHECKING:
     from pegbox.context import Context
@@ -95,7 +94,7 @@ class RowBatches:
         return f"{named} and {more} more" if more > 0 else named
 
     def _micro_batches(self, bins: Sequence[Bin], *, must_train: bool) -> list[Batch]:
-        if must_train and not any(_trains(example) for rows in bins for _, example in rows):
+        if must_train and not any(trains(example) for rows in bins for _, example in rows):
             rows = [row for rows in bins for row, _ in rows]
             raise DataError(
                 f"a step of {len(rows)} rows has no trained token: {self._named(rows)}",
@@ -251,10 +250,3 @@ def _width(rows: Bin, packed: bool) -> int:
     """Tokens of the longest line that a bin becomes."""
     documents = [length for _, example in rows for length in documents_of(example)]
     return sum(documents) if packed else max(documents)
-
-
-def _trains(example: Example) -> bool:
-    """Whether a row has a trained token; the first of a document is never a target."""
-    trained = np.asarray(example.labels) != UNTRAINED
-    trained[np.cumsum((0, *documents_of(example)[:-1]))] = False
-    return bool(trained.any())

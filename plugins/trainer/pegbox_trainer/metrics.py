@@ -27,7 +27,7 @@ from pegbox_trainer.normalization import StepCounts, wide_dtype
 if TYPE_CHECKING:
     from pegbox.types import Runtime
 
-WALL_CLOCK = ("elapsed_s", "tokens_per_s", "peak_memory_bytes")
+WALL_CLOCK = ("elapsed_s", "tokens_per_s", "peak_memory_bytes", "generate_s", "score_s", "learn_s")
 """Fields of a record that may differ between two runs of one config."""
 
 

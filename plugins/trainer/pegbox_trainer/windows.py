@@ -13,15 +13,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from pegbox.errors import RunError
-from pegbox.rows import Example, Examples, ExampleStream, PackedExamples
+from pegbox.rows import UNTRAINED, Example, Examples, ExampleStream, PackedExamples
+
+from pegbox_trainer.collation import documents_of
 
 if TYPE_CHECKING:
     from pegbox.context import Context
 
 KEPT_WINDOWS = 4
 """Windows of a stream whose rows messages can still name."""
+
+FIRST_ROWS = 16
+"""Rows of a window that are looked at to tell prompts from rows with trained tokens."""
 
 Bin = Sequence[int]
 
@@ -51,10 +57,12 @@ class Windows(Protocol):
 def bins_of(examples: Examples, order: Sequence[int]) -> Sequence[Bin]:
     """The bins of some rows in an order; one row each, unless the examples are packed.
 
+    Rows that train nothing are prompts: what is made from them is packed, and a step counts them one by one.
+
     Raises:
         RunError: the bins leave out a row or hold one twice.
     """
-    if not isinstance(examples, PackedExamples):
+    if not isinstance(examples, PackedExamples) or not any(trains(examples[row]) for row in order[:FIRST_ROWS]):
         return [(row,) for row in order]
     bins = examples.bins(order)
     if sum(map(len, bins)) != len(order) or len({row for rows in bins for row in rows}) != len(order):
@@ -64,6 +72,13 @@ def bins_of(examples: Examples, order: Sequence[int]) -> Sequence[Bin]:
             "Fix the plugin that packs the rows.",
         )
     return bins
+
+
+def trains(example: Example) -> bool:
+    """Whether a row has a trained token; the first of a document is never a target."""
+    trained = np.asarray(example.labels) != UNTRAINED
+    trained[np.cumsum((0, *documents_of(example)[:-1]))] = False
+    return bool(trained.any())
 
 
 class Epochs:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pegbox.errors import ConfigError, RunError
-from pegbox.rows import Batch, ExampleStream, PackedExamples
+from pegbox.rows import Batch, Example, ExampleStream, PackedExamples
 from pegbox_trainer.batches import EvalBatches, TrainBatches
 from test_batches import PAD, context, rows_by_step, rows_of, steps_of
 from tiny_llama import PackedRows, Rows, Stream
@@ -147,3 +148,34 @@ def test_the_first_epoch_alone_does_not_decide_how_long_a_packed_run_is() -> Non
     source = TrainBatches(context(micro_batch=1, epochs=3), PackedRows(rows_of(40), CAPACITY))
     assert source.total_steps == sum(1 for _ in source)
     assert isinstance(rows_of(1), Rows)
+
+
+def test_prompts_are_counted_one_by_one_where_completions_are_packed() -> None:
+    """A step takes as many prompts as the config says; what is made from them shares bins again."""
+    prompts = PackedRows(Prompts(rows_of(12)), CAPACITY)
+    source = TrainBatches(context(micro_batch=2, batch=4, epochs=2), prompts)
+    taken = [[row for row, _ in step] for step in iter(source.take, [])]
+    assert source.total_steps == 6
+    assert [len(rows) for rows in taken] == [4] * 6
+    assert sorted(row for rows in taken[:3] for row in rows) == list(range(12))
+    answers = [Example(input_ids=[1, 2, 3], labels=[-100, 2, 3]) for _ in range(4)]
+    (batch,) = source.lay_out(answers)
+    assert batch.cu_seqlens_S is not None
+    assert sorted(batch.rows) == [0, 1, 2, 3]
+    assert batch.trained_tokens == 8
+
+
+class Prompts:
+    """Rows of which no token is trained."""
+
+    def __init__(self, rows: Any) -> None:
+        self.split, self.fingerprint, self._rows = rows.split, rows.fingerprint, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Example:
+        return replace(self._rows[index], labels=[-100] * len(self._rows[index].input_ids))
+
+    def describe(self, index: int) -> str:
+        return self._rows.describe(index)
