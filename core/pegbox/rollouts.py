@@ -58,7 +58,8 @@ class Rollout(Record):
 
     Attributes:
         completion: token ids, the one that ended it included.
-        logps: the sampler's log-probability of each completion token, under the temperature it sampled with.
+        logps: the sampler's log-probability of each completion token, under the temperature it sampled with. Whether
+            what filters (top-k, top-p, min-p) and penalties did is in it, is for the engine to say.
         first_version, last_version: weights that its first and its last token were sampled with.
         finished: it ended by itself, not because it was cut at `max_tokens`.
         trained: for each completion token whether it is the model's own (False: a tool's or environment's); empty: all.

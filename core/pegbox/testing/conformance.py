@@ -228,7 +228,9 @@ class PatchConformance(Conformance):
 
 
 class ScoreConformance(Conformance):
-    """The rules for a plugin that answers `score_rollouts`."""
+    """The rules for a plugin that answers `score_rollouts`; `named_by_config`: its config names the scores."""
+
+    named_by_config = False
 
     def rollouts(self) -> RolloutBatch:
         """Rollouts to score; their columns must be those that the scorer reads."""
@@ -245,7 +247,8 @@ class ScoreConformance(Conformance):
         scores.follow_the_order(self._scorer(tmp_path), self.rollouts())
 
     def test_scores_have_names_of_their_own(self, tmp_path: Path) -> None:
-        scores.have_names_of_their_own(self._scorer(tmp_path), self.rollouts(), self.plugin)
+        named = self.named_by_config
+        scores.have_names_of_their_own(self._scorer(tmp_path), self.rollouts(), self.plugin, named_by_config=named)
 
 
 class CheckpointConformance(Conformance):

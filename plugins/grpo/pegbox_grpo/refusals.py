@@ -44,7 +44,7 @@ def refuse(ctx: Context, config: GrpoConfig) -> None:
         raise ConfigError(
             "grpo has nobody who scores completions",
             "Without a reward there is nothing to learn.",
-            "Add rewards to plugins, or a plugin of your own with score_rollouts.",
+            "Add reward-functions to plugins, or a plugin of your own with score_rollouts.",
         )
     if config.beta > 0 and REFERENCE_LOGPS not in ctx.items("extra"):
         raise ConfigError(

@@ -28,6 +28,7 @@ from pegbox.types import Loss, Model
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
+from pegbox_memory.batches import batch_for, kind_of
 from pegbox_memory.kernels import allocating
 from pegbox_memory.ledger import Ledger, is_made_of_others
 from pegbox_memory.quantized import StoredBytes, stored_bytes
@@ -105,10 +106,10 @@ class TrainedStep:
         Raises:
             RunError: the model computes something that needs the values of its tensors.
         """
-        ledger = self.ledger
+        ledger, kind = self.ledger, kind_of(self.loss)
         with self.mode, ledger:
             with ledger.noting("batch"):
-                batch = batch_of(rows, tokens, self.device, packed=packed)
+                batch = batch_for(self.loss, kind, rows, tokens, self.device, packed=packed)
             ledger.during = "forward and backward"
             ledger.restart()
             with _explained(self.model), self._kernels():
@@ -131,7 +132,8 @@ class TrainedStep:
             outputs = self.model.compute(self.model.module, batch, self.loss.needs)
         terms = self.loss(batch, outputs).terms
         del outputs
-        total = sum((term.total * (term.weight / max(term.count, 1.0)) for term in terms), torch.zeros(()))
+        counts = [1.0 if isinstance(term.count, Tensor) else max(term.count, 1.0) for term in terms]
+        total = sum((t.total * (t.weight / n) for t, n in zip(terms, counts, strict=True)), torch.zeros(()))
         del terms
         self.ledger.during = "backward"
         with self.ledger.noting("backward"):
@@ -174,27 +176,6 @@ def trained_step(
     peak = Peak(dict(ledger.peak), ledger.peak_during)
     made = (ctx, model, loss, optimizer, ledger, mode, device, precision, len(layers), stored, peak, notes)
     return TrainedStep(*made, for_gpu=for_gpu)
-
-
-def batch_of(rows: int, tokens: int, device: torch.device, *, packed: bool) -> Batch:
-    """Rows of one length, every token trained but the last of each; if `packed`, two documents in each."""
-    trained_N = torch.arange(rows * (tokens - 1), device=device)
-    plain = Batch(
-        input_ids_BT=torch.zeros(rows, tokens, dtype=torch.long, device=device),
-        targets_BT=torch.zeros(rows, tokens, dtype=torch.long, device=device),
-        trained_N=trained_N,
-    )
-    if not packed or tokens < 2:
-        return plain
-    first = tokens // 2
-    positions_T = torch.cat([torch.arange(first, device=device), torch.arange(tokens - first, device=device)])
-    borders = [0, *(row * tokens + end for row in range(rows) for end in (first, tokens))]
-    return replace(
-        plain,
-        position_ids_BT=positions_T.repeat(rows, 1),
-        cu_seqlens_S=torch.tensor(borders, dtype=torch.int32, device=device),
-        max_seqlen=tokens - first,
-    )
 
 
 def put(module: nn.Module, device: torch.device) -> None:

@@ -30,6 +30,7 @@ FREE = (
     ),
     *(f"trainer.{name}" for name in ("device", "deterministic", "find_unused_parameters", "progress", "stream_window")),
     *(f"{plugin}.*" for plugin in ("trackers", "hub", "samples", "early-stopping", "activations", "compile", "fsdp")),
+    *("rollout-hf.batch", "rollout-vllm.*", "reward-functions.workers", "reward-functions.timeout_s"),
     *("use", "use.*"),
 )
 """Keys that may differ. The rows of a step and the window of a stream are compared with the place in the data."""

@@ -61,8 +61,8 @@ def follow_the_order(scorer: Scorer, rollouts: RolloutBatch) -> None:
         )
 
 
-def have_names_of_their_own(scorer: Scorer, rollouts: RolloutBatch, plugin: str) -> None:
-    """Names are unique, the same at each call, and begin with the plugin's name."""
+def have_names_of_their_own(scorer: Scorer, rollouts: RolloutBatch, plugin: str, *, named_by_config: bool) -> None:
+    """Names are unique, the same at each call, and begin with the plugin's name unless the config gives them."""
     names = [score.name for score in scorer(rollouts)]
     again = [score.name for score in scorer(rollouts)]
     require(
@@ -75,7 +75,7 @@ def have_names_of_their_own(scorer: Scorer, rollouts: RolloutBatch, plugin: str)
         name for name in names if name != plugin and not name.startswith((f"{plugin}/", f"{plugin}-", f"{plugin}."))
     ]
     require(
-        not foreign,
+        not foreign or named_by_config,
         f"plugin '{plugin}' names a score '{foreign[0] if foreign else ''}'",
         "Two plugins that choose the same free word cannot be active together.",
         f"Name it '{plugin}', or '{plugin}/...' if there are several.",

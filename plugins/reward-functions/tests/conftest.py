@@ -1,0 +1,8 @@
+"""Rollouts of short texts, and a context that scores them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))

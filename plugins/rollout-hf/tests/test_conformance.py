@@ -1,0 +1,9 @@
+"""The plugin keeps the contract of plugins."""
+
+from __future__ import annotations
+
+from pegbox.testing import PluginConformance
+
+
+class TestRolloutHf(PluginConformance):
+    plugin = "rollout-hf"
