@@ -50,7 +50,7 @@ def numbers(log: Path) -> list[int]:
 
 def test_stopping_ends_the_server_and_its_workers(tmp_path: Path) -> None:
     server, log = started(tmp_path)
-    assert within(10, lambda: len(numbers(log)) == 2)
+    assert within(30, lambda: len(numbers(log)) == 2)
     pids = numbers(log)
     assert all(map(alive, pids))
     server.stop()
@@ -70,15 +70,15 @@ def test_a_killed_run_leaves_no_server(tmp_path: Path) -> None:
         assert process.stdout is not None
         pids = [int(process.stdout.readline()) for _ in range(2)]
         process.kill()
-        assert within(5, lambda: not any(map(alive, pids)))
+        assert within(30, lambda: not any(map(alive, pids)))
 
 
 def test_a_killed_guard_takes_the_server_along(tmp_path: Path) -> None:
     server, log = started(tmp_path, "import os, time; print(os.getpid(), flush=True); time.sleep(60)")
-    assert within(10, lambda: len(numbers(log)) == 1)
+    assert within(30, lambda: len(numbers(log)) == 1)
     assert server._process is not None
     os.kill(server._process.pid, signal.SIGKILL)
-    assert within(5, lambda: not alive(numbers(log)[0]))
+    assert within(30, lambda: not alive(numbers(log)[0]))
 
 
 def test_workers_of_a_server_that_died_are_ended_and_its_last_lines_are_shown(tmp_path: Path) -> None:
