@@ -22,9 +22,12 @@ import pytest
             for name in (
                 "after-training",
                 "choose-an-optimizer",
+                "grpo",
                 "long-corpora",
                 "pack-rows",
+                "preferences",
                 "quantized-base",
+                "reward-models",
                 "save-memory",
                 "speed-up-training",
                 "watch-a-run",

@@ -23,5 +23,5 @@ def report(
     write_whole(target, render(found, findings))
     told = [finding for finding in findings if finding.raised]
     for finding in told:
-        typer.echo(f"{finding.level}: {finding.says}")
+        typer.echo(f"{finding.level}: {finding.says} ({finding.where})")
     typer.echo(f"{len(findings) - len(told)} of {len(findings)} health rules hold; {target}")

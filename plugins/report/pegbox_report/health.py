@@ -8,6 +8,7 @@ A plugin adds a rule as an item of kind `health_rule` whose target is a mapping 
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -34,6 +35,7 @@ class Rule:
         window: how many logged values `last`, `fall` and `rise` take together.
         least: how many values there must be for the rule to say anything.
         plugins: the rule is for runs with one of them; none: for all runs.
+        without: the rule is not for runs that log one of these figures.
         source: where the limits come from.
     """
 
@@ -48,20 +50,33 @@ class Rule:
     window: int = 10
     least: int = 1
     plugins: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
     source: str = ""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a rule found: `value` is None where the run has too few figures for it."""
+    """What a rule found: `value` is None where the run has too few figures for it.
+
+    `steps` are the first and the last of those that the value was measured at.
+    """
 
     rule: Rule
     value: float | None
     raised: bool
+    steps: tuple[int, int] | None = None
 
     @property
     def level(self) -> Level:
         return self.rule.level
+
+    @property
+    def where(self) -> str:
+        """`step 40`, `steps 31 to 40`, or nothing."""
+        if self.steps is None:
+            return ""
+        first, last = self.steps
+        return f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
 
     @property
     def says(self) -> str:
@@ -86,7 +101,9 @@ def _fall(values: Sequence[float], window: int) -> float:
 
 def _rise(values: Sequence[float], window: int) -> float:
     _, least, last = _windows(values, min(window, 3))
-    return (last - least) / abs(least) if least else 0.0
+    if not least:  # a sparse reward begins at 0: whatever it becomes is no share of that
+        return math.inf if last > least else 0.0
+    return (last - least) / abs(least)
 
 
 def _slowdown(values: Sequence[float], window: int) -> float:
@@ -145,10 +162,13 @@ def _tuple(value: Any) -> Any:
 
 def examine(metrics: Sequence[Mapping[str, Any]], rules: Sequence[Rule]) -> list[Finding]:
     """What each rule finds in the records of a run."""
-    return [_examine(rule, [row[rule.metric] for row in metrics if rule.metric in row]) for rule in rules]
+    logged = {key for row in metrics for key in row}
+    fitting = [rule for rule in rules if not logged & set(rule.without)]
+    return [_examine(rule, [row for row in metrics if rule.metric in row]) for rule in fitting]
 
 
-def _examine(rule: Rule, values: Values) -> Finding:
+def _examine(rule: Rule, rows: Sequence[Mapping[str, Any]]) -> Finding:
+    values: Values = [row[rule.metric] for row in rows]
     finite = [value for value in values if value is not None]
     if rule.measure == MISSING:
         value = (len(values) - len(finite)) / len(values) if values else None
@@ -157,4 +177,20 @@ def _examine(rule: Rule, values: Values) -> Finding:
         value = MEASURES[rule.measure](finite, rule.window) if enough else None
     over = value is not None and rule.above is not None and value > rule.above
     under = value is not None and rule.below is not None and value < rule.below
-    return Finding(rule, value, over or under)
+    steps = [row.get("step", 0) for row in rows if (row[rule.metric] is None) == (rule.measure == MISSING)]
+    return Finding(rule, value, over or under, _steps(rule, finite, steps) if over or under else None)
+
+
+def _steps(rule: Rule, values: Sequence[float], steps: Sequence[int]) -> tuple[int, int]:
+    """Where to look: the step of one value, those of the values that count, or those of the last window."""
+    if rule.measure == MISSING:
+        return steps[0], steps[-1]
+    if rule.measure == "zeros":
+        found = [step for step, value in zip(steps, values, strict=True) if value == 0] or list(steps)
+        return found[0], found[-1]
+    if rule.measure in ("first", "largest", "smallest", "spike"):
+        wanted = {"first": values[0], "smallest": min(values)}.get(rule.measure, max(values))
+        return (steps[values.index(wanted)],) * 2
+    if rule.measure == "last":
+        return steps[-rule.window :][0], steps[-1]
+    return steps[0], steps[-1]

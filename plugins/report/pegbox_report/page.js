@@ -119,12 +119,12 @@ function draw(holder) {
     text.textContent = format(value, state.axis === "time" ? "seconds" : "");
   }
   chart.series.forEach((series) => {
-    const at = axis(series), few = series.value.length <= 40, color = series.second ? "two" : "one";
-    const weight = chart.exact || (few && series.second) ? 0 : state.smooth;
+    const at = axis(series), few = series.value.length <= 40, color = series.color + (series.dashed ? " dashed" : "");
+    const weight = chart.exact || (few && series.held_out) ? 0 : state.smooth;
     if (weight > 0) svg("path", { class: `raw ${color}`, d: path(at, series.value, x, y) }, image);
     svg("path", { class: `line ${color}`, d: path(at, smoothed(series.value, weight), x, y) }, image);
     if (few && !chart.exact) series.value.forEach((v, i) => {
-      if (v !== null && (!log || v > 0) && weight === 0) svg("circle", { class: color, cx: x(at[i]), cy: y(v), r: series.second ? 3.2 : 2.2 }, image);
+      if (v !== null && (!log || v > 0) && weight === 0) svg("circle", { class: color, cx: x(at[i]), cy: y(v), r: series.held_out ? 3.2 : 2.2 }, image);
     });
   });
   holder.cross = svg("line", { class: "cross", y1: TOP, y2: height - BOTTOM, visibility: "hidden" }, image);
@@ -149,7 +149,7 @@ function point(wanted, source) {
     const { chart, tip, cross, x, width, box } = holder;
     const rows = chart.series.map((series) => {
       const at = axis(series), i = nearest(at, wanted);
-      return { at: at[i], step: series.step[i], value: series.value[i], label: series.label, second: series.second };
+      return { at: at[i], step: series.step[i], value: series.value[i], label: series.label };
     });
     const px = Math.min(width - RIGHT, Math.max(LEFT, x(rows[0].at)));
     cross.setAttribute("x1", px); cross.setAttribute("x2", px); cross.setAttribute("visibility", "visible");
@@ -172,16 +172,18 @@ function point(wanted, source) {
 }
 
 const charts = document.getElementById("charts");
+let group = "";
 for (const chart of data.charts) {
+  if (chart.group && chart.group !== group) html("h3", "group", group = chart.group, charts);
   const card = html("div", `card chart${chart.wide ? " wide" : ""}`, undefined, charts);
   const head = html("header", "", undefined, card);
-  html("h3", "", chart.title, head);
+  html(chart.group ? "h4" : "h3", "", chart.title, head);
   html("span", "", chart.note, head);
   if (chart.series.length > 1) {
     const legend = html("span", "legend", undefined, head);
     for (const series of chart.series) {
       const entry = html("span", "", undefined, legend);
-      html("i", "", undefined, entry).style.background = `var(--${series.second ? "two" : "one"})`;
+      html("i", "", undefined, entry).style.background = `var(--${series.color})`;
       entry.append(series.label);
     }
   }
@@ -215,5 +217,9 @@ const sift = () => rows.forEach((row) => {
   row.hidden = !fits || (chosen && row.dataset.origin === "default");
 });
 filter.oninput = sift;
+const answers = [...document.querySelectorAll("#answers tbody tr")], search = document.getElementById("search");
+if (search) search.oninput = () => answers.forEach((row) => {
+  row.hidden = !row.textContent.toLowerCase().includes(search.value.toLowerCase());
+});
 toggle("chosen", () => { chosen = true; sift(); }, () => { chosen = false; sift(); });
 root.dataset.drawn = String(drawn.length);

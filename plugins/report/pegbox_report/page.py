@@ -13,7 +13,9 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from pegbox_report.answers import answers
 from pegbox_report.health import Finding
+from pegbox_report.html import card, table, text
 from pegbox_report.run_files import RunFiles
 from pegbox_report.series import page_data
 from pegbox_report.units import number, seconds, size
@@ -34,6 +36,7 @@ def render(run: RunFiles, findings: Sequence[Finding]) -> str:
     parts = [
         _health(findings),
         _curves(bool(data["charts"])),
+        answers(run.completions),
         _samples(run),
         _plan(run),
         _config(run),
@@ -75,15 +78,6 @@ def _when(moment: datetime | str | None) -> str:
     return moment.strftime("%-d %B %Y, %H:%M UTC") if moment else "–"
 
 
-def _table(head: Sequence[str], rows: Iterable[str]) -> str:
-    names = "".join(f"<th{' class=number' if name.startswith('#') else ''}>{name.lstrip('#')}</th>" for name in head)
-    return f'<div class="table"><table><thead><tr>{names}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-
-
-def _card(title: str, content: str) -> str:
-    return f'<div class="card"><h3>{title}</h3>{content}</div>'
-
-
 def _header(run: RunFiles) -> str:
     record, plan = run.record, run.record.get("plan", {})
     config = {entry["key"]: entry["value"] for entry in plan.get("config", ())}
@@ -110,6 +104,10 @@ def _figures(run: RunFiles) -> Iterable[tuple[str, str, str]]:
     yield "Steps", number(last.get("step")), f"{number(last['epoch'])} epochs" if "epoch" in last else ""
     first = next((row["loss"] for row in train if row.get("loss") is not None), None)
     yield "Loss", number(last.get("loss")), f"from {number(first)}" if first is not None else ""
+    for title, key in (("Reward", "reward"), ("Accuracy", "rewards/accuracies")):
+        means = [row[key] for row in train if row.get(key) is not None]
+        if means:
+            yield title, number(means[-1]), f"from {number(means[0])}"
     if losses:
         best, at = min(losses)
         yield "Held-out loss", number(losses[-1][0]), f"best {number(best)} at {at}"
@@ -126,7 +124,8 @@ def _health(findings: Sequence[Finding]) -> tuple[str, str, str]:
     raised = sorted((one for one in findings if one.raised), key=lambda one: list(LEVELS).index(one.level))
     shown = [
         f'<li class="{one.level}"><span class="level">{LEVELS[one.level]}</span>'
-        f"<div><p>{escape(_sentence(one.says))}</p><p>{escape(one.rule.advice)}</p></div></li>"
+        f"<div><p>{escape(_sentence(one.says))} <small class=dim>{one.where}</small></p>"
+        f"<p>{escape(one.rule.advice)}</p></div></li>"
         for one in raised
     ]
     holding = [one for one in findings if not one.raised and one.value is not None]
@@ -139,8 +138,8 @@ def _health(findings: Sequence[Finding]) -> tuple[str, str, str]:
         f"<td class=number>{_value(one)}</td><td class=number>{_limits(one)}</td></tr>"
         for one in findings
     )
-    table = _table(("Rule", "Looks at", "#Value", "#Usual"), rows)
-    more = f"<details><summary>All {len(findings)} rules</summary><div class=card>{table}</div></details>"
+    rules = table(("Rule", "Looks at", "#Value", "#Usual"), rows)
+    more = f"<details><summary>All {len(findings)} rules</summary><div class=card>{rules}</div></details>"
     return "health", "Health", f"<h2>Health</h2><ul class=findings>{''.join(shown)}</ul>{more}"
 
 
@@ -174,11 +173,11 @@ def _samples(run: RunFiles) -> tuple[str, str, str] | None:
         return None
     by_prompt: dict[str, list[tuple[Any, str]]] = {}
     for row in run.samples:
-        by_prompt.setdefault(_text(row.get("prompt")), []).append((row.get("step"), _text(row.get("completion"))))
+        by_prompt.setdefault(text(row.get("prompt")), []).append((row.get("step"), text(row.get("completion"))))
     cards = []
-    for prompt, answers in list(by_prompt.items())[:MOST_SAMPLES]:
+    for prompt, written in list(by_prompt.items())[:MOST_SAMPLES]:
         lines = "".join(
-            f'<div class="step">step {escape(str(step))}</div><pre>{escape(text)}</pre>' for step, text in answers
+            f'<div class="step">step {escape(str(step))}</div><pre>{escape(answer)}</pre>' for step, answer in written
         )
         cards.append(
             f'<div class="card sample"><p class="prompt">{escape(prompt)}</p><div class="answers">{lines}</div></div>'
@@ -189,15 +188,6 @@ def _samples(run: RunFiles) -> tuple[str, str, str] | None:
     return "samples", "Samples", f"<h2>Samples{note}</h2>{''.join(cards)}{more}"
 
 
-def _text(value: object) -> str:
-    """A prompt as text: messages as `role: content`."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(isinstance(part, dict) and "role" in part for part in value):
-        return "\n".join(f"{part['role']}: {part.get('content', '')}" for part in value)
-    return json.dumps(value, ensure_ascii=False)
-
-
 def _plan(run: RunFiles) -> tuple[str, str, str]:
     plan = run.record.get("plan", {})
     rows = (
@@ -206,9 +196,9 @@ def _plan(run: RunFiles) -> tuple[str, str, str]:
         f"<td class=dim>{escape(job['reason'])}</td></tr>"
         for job in plan.get("hooks", ())
     )
-    table = f'<div class="card">{_table(("Hook", "Done by", "Refined by", "Why"), rows)}</div>'
+    jobs = f'<div class="card">{table(("Hook", "Done by", "Refined by", "Why"), rows)}</div>'
     plugins = " → ".join(f"<code>{escape(part['name'])}</code>" for part in plan.get("plugins", ()))
-    return "plan", "Plan", f"<h2>Plan<small>who does what</small></h2><p>{plugins}</p>{table}"
+    return "plan", "Plan", f"<h2>Plan<small>who does what</small></h2><p>{plugins}</p>{jobs}"
 
 
 def _config(run: RunFiles) -> tuple[str, str, str]:
@@ -227,8 +217,8 @@ def _config(run: RunFiles) -> tuple[str, str, str]:
         '<div class="tools"><input id="filter" type="search" placeholder="Find a key or value" aria-label="Find">'
         f'<button id="chosen" aria-pressed="false">Only the {count} that were set</button></div>'
     )
-    table = f'<div class="card" id="keys">{_table(("Key", "Value", "From"), rows)}</div>'
-    return "config", "Config", f"<h2>Config<small>every key, and where it came from</small></h2>{tools}{table}"
+    keys = f'<div class="card" id="keys">{table(("Key", "Value", "From"), rows)}</div>'
+    return "config", "Config", f"<h2>Config<small>every key, and where it came from</small></h2>{tools}{keys}"
 
 
 def _origin(run: RunFiles) -> tuple[str, str, str]:
@@ -245,8 +235,8 @@ def _origin(run: RunFiles) -> tuple[str, str, str]:
         for name, text in record.get("versions", {}).items()
     ]
     command = " ".join(map(str, record.get("command", ())))
-    left = _card("Data", _table(("Split", "#Rows", "Fingerprint"), data))
-    right = _card("Versions", _table(("Package", "Version"), versions))
+    left = card("Data", table(("Split", "#Rows", "Fingerprint"), data))
+    right = card("Versions", table(("Package", "Version"), versions))
     content = f'<h2>Origin</h2><p class="mono dim">{escape(command)}</p><div class="twin">{left}{right}</div>'
     return "origin", "Origin", content
 
@@ -265,14 +255,14 @@ def _checkpoints(run: RunFiles) -> tuple[str, str, str] | None:
             f"<td>{_when(one.saved)}</td></tr>"
             for one in run.checkpoints
         )
-        parts.append(_card("Checkpoints", _table(("Folder", "#Size", "Saved"), rows)))
+        parts.append(card("Checkpoints", table(("Folder", "#Size", "Saved"), rows)))
     if run.merges:
         rows = (
             f"<tr><td><code>{escape(name)}</code></td><td>{escape(str(record.get('status')))}</td>"
             f"<td>{escape(str(record.get('dtype')))}</td><td class=number>{_divergence(record)}</td></tr>"
             for name, record in run.merges.items()
         )
-        parts.append(_card("Merged models", _table(("Folder", "Check", "Data type", "#Divergence"), rows)))
+        parts.append(card("Merged models", table(("Folder", "Check", "Data type", "#Divergence"), rows)))
     return "checkpoints", "Checkpoints", f'<h2>Checkpoints</h2><div class="twin">{"".join(parts)}</div>'
 
 

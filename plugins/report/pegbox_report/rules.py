@@ -2,11 +2,13 @@
 
 Limits are rules of thumb for a language model that was trained before: a loss of 0.5 to 4 at the first step and a
 gradient norm of 0.1 to 10 are usual. A model of V tokens that knows nothing has the loss ln V, about 10 to 12.
+Losses of preferences and of online methods have other sizes: what is said about a likelihood is not asked of them.
 """
 
 from __future__ import annotations
 
 from pegbox_report.health import Rule
+from pegbox_report.panels import NO_LIKELIHOOD
 
 BUILT_IN = (
     Rule(
@@ -24,6 +26,7 @@ BUILT_IN = (
         measure="first",
         above=4.0,
         level="warning",
+        without=NO_LIKELIHOOD,
         says="the first loss is {value}; 0.5 to 4 is usual",
         advice="Look at the masks and the template: pegbox data inspect CONFIG. A value near 11 means random weights.",
     ),
@@ -33,6 +36,7 @@ BUILT_IN = (
         measure="first",
         below=0.05,
         level="warning",
+        without=NO_LIKELIHOOD,
         says="the first loss is {value}: there is almost nothing to learn",
         advice="Check that the answers are not part of the prompt, and that the model did not see these rows before.",
     ),
@@ -43,6 +47,7 @@ BUILT_IN = (
         below=0.02,
         least=20,
         level="warning",
+        without=("reward",),
         says="the loss fell by only {value} of its first value",
         advice="Raise the learning rate, or check that the trained tokens are the answers: pegbox data inspect CONFIG.",
     ),
@@ -53,6 +58,7 @@ BUILT_IN = (
         below=0.05,
         least=5,
         level="warning",
+        without=NO_LIKELIHOOD,
         says="the loss ended at {value}: the rows are known by heart",
         advice="Train for fewer epochs, use more data, and look at the loss on held-out rows.",
     ),

@@ -17,10 +17,12 @@ from pegbox.errors import PegboxError, UserError
 from pegbox.folder import RECORD
 from pegbox.plan import compose
 
+from pegbox_report.completions import Completion, read_completions, weights_of
 from pegbox_report.health import Rule, rule_of
 from pegbox_report.rules import BUILT_IN
 
-METRICS, SAMPLES, CHECKPOINTS, CONFIG = "metrics.jsonl", "samples", "checkpoints", "config.yaml"
+METRICS, SAMPLES, COMPLETIONS = "metrics.jsonl", "samples", "completions.jsonl"
+CHECKPOINTS, CONFIG = "checkpoints", "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class RunFiles:
         record: `run.json`.
         metrics: records of `metrics.jsonl`, in order; a last line that is cut off is left out.
         samples: rows of `samples/*.jsonl`: step, prompt, completion.
+        completions: of an online run, the best and the worst of some generations.
         merges: `merge.json` of merged models inside the run's folder, by folder.
     """
 
@@ -47,6 +50,7 @@ class RunFiles:
     record: Mapping[str, Any]
     metrics: Sequence[Mapping[str, Any]]
     samples: Sequence[Mapping[str, Any]]
+    completions: Sequence[Completion]
     checkpoints: Sequence[CheckpointFile]
     merges: Mapping[str, Mapping[str, Any]]
 
@@ -71,13 +75,15 @@ def read_run(folder: Path) -> RunFiles:
             f"A run's folder holds {RECORD}.",
             "Name a run's folder, as `output` in its config.",
         )
+    record = _json(file)
     merges = {path.parent.name: _json(path) for path in sorted(folder.glob("*/merge.json"))}
     samples = [row for path in sorted((folder / SAMPLES).glob("*.jsonl")) for row in _rows(path)]
     return RunFiles(
         folder=folder,
-        record=_json(file),
+        record=record,
         metrics=_rows(folder / METRICS),
         samples=sorted(samples, key=lambda row: row.get("step", 0)),
+        completions=read_completions(folder / COMPLETIONS, weights_of(record)),
         checkpoints=_checkpoints(folder / CHECKPOINTS),
         merges=merges,
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pegbox_report.panels import NO_LIKELIHOOD, Panel, panels_of
+
 MOST_POINTS = 3000
 """Of one series on the page; of longer ones every n-th is drawn."""
 FEW = 60
@@ -19,6 +21,7 @@ TITLES = {
 EXACT = ("learning_rate", "peak_memory_bytes", "loss_scale")
 """Figures without noise: smoothing would only delay them."""
 SHOWN_ELSEWHERE = ("kind", "step", "elapsed_s", "trained_tokens", "epoch", "loss")
+COLORS = ("one", "two", "three")
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -27,20 +30,39 @@ def page_data(metrics: Rows) -> dict[str, Any]:
     train = _thin([row for row in metrics if row.get("kind") == "train"])
     held_out = _thin([row for row in metrics if row.get("kind") == "eval"])
     _fill_time(train, held_out)
+    keys = _keys(train)
+    every = list(dict.fromkeys([*keys, *(key.removeprefix("eval_") for key in _keys(held_out))]))
     charts = []
     if any("loss" in row for row in (*train, *held_out)) or any("eval_loss" in row for row in held_out):
-        pair = [_series("train", train, "loss"), _series("held-out", held_out, "eval_loss", second=True)]
-        charts.append(_chart("Loss", "nats per trained token", "", pair, wide=True))
-    keys = _keys(train)
-    for key in (*(key for key in TITLES if key in keys), *(key for key in keys if key not in TITLES)):
+        pair = [_series("train", train, "loss"), _series("held-out", held_out, "eval_loss", "two", held_out=True)]
+        note = "" if set(every) & set(NO_LIKELIHOOD) else "nats per trained token"
+        charts.append(_chart("Loss", note, "", pair, wide=True))
+    panels = list(panels_of(every))
+    charts += [_panel_chart(panel, train, held_out) for panel in panels]
+    drawn = {key for panel in panels for _, key in panel.figures}
+    left = [key for key in keys if key not in drawn]
+    for key in (*(key for key in TITLES if key in left), *(key for key in left if key not in TITLES)):
         title, note, unit = TITLES.get(key, (key, "", ""))
-        pair = [_series("train", train, key), _series("held-out", held_out, f"eval_{key}", second=True)]
+        pair = [_series("train", train, key), _series("held-out", held_out, f"eval_{key}", "two", held_out=True)]
         made = _chart(title, note, unit, pair, zero=key in ("tokens_per_s", "peak_memory_bytes"))
-        charts.append({**made, "exact": key in EXACT})
+        charts.append({**made, "exact": key in EXACT, "group": "Training" if panels else ""})
     for key in _keys(held_out):
-        if key != "eval_loss" and key.removeprefix("eval_") not in keys:
-            charts.append(_chart(key, "", "", [_series("held-out", held_out, key, second=True)]))
+        if key != "eval_loss" and key.removeprefix("eval_") not in (*keys, *drawn):
+            made = _chart(key, "", "", [_series("held-out", held_out, key, "two", held_out=True)])
+            charts.append({**made, "group": "Training" if panels else ""})
     return {"charts": [chart for chart in charts if chart["series"]], "smooth": 0.8 if len(train) > FEW else 0}
+
+
+def _panel_chart(panel: Panel, train: Rows, held_out: Rows) -> dict[str, Any]:
+    """Figures in colours of their own; held-out ones are dashed, or in the second colour where there is one figure."""
+    several = len(panel.figures) > 1
+    series = []
+    for (label, key), color in zip(panel.figures, COLORS, strict=False):
+        other = (f"{label}, held-out", color) if several else ("held-out", "two")
+        series.append(_series(label, train, key, color))
+        series.append(_series(other[0], held_out, f"eval_{key}", other[1], held_out=True, dashed=several))
+    made = _chart(panel.title, panel.note, panel.unit, series, zero=panel.zero)
+    return {**made, "group": panel.group}
 
 
 def _thin(rows: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -63,11 +85,15 @@ def _keys(rows: Rows) -> list[str]:
     return [key for key in found if key not in SHOWN_ELSEWHERE]
 
 
-def _series(label: str, rows: Rows, key: str, *, second: bool = False) -> dict[str, Any]:
+def _series(
+    label: str, rows: Rows, key: str, color: str = "one", *, held_out: bool = False, dashed: bool = False
+) -> dict[str, Any]:
     having = [row for row in rows if key in row]
     return {
         "label": label,
-        "second": second,
+        "color": color,
+        "held_out": held_out,
+        "dashed": dashed,
         "step": [row["step"] for row in having],
         "time": [row.get("elapsed_s", 0.0) for row in having],
         "value": [row[key] for row in having],

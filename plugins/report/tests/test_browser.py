@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from html import unescape
 from pathlib import Path
 
 import pytest
 from example_run import metrics, write_run
+from page_reader import needs_browser, opened
 from pegbox_report.command import report
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-BROWSER = next((found for name in NAMES if (found := shutil.which(name))), None)
-needs_browser = pytest.mark.skipif(BROWSER is None, reason=f"no browser is installed (looked for {', '.join(NAMES)})")
 USE = """<script>{
 const told = {};
 const image = document.querySelector("#charts svg"), box = image.getBoundingClientRect();
@@ -42,15 +38,6 @@ const light = paper(); document.getElementById("theme").click(); told.theme = pa
 const made = document.createElement("pre"); made.id = "told"; made.textContent = JSON.stringify(told);
 document.body.append(made);
 }</script>"""
-
-
-def opened(page: Path, profile: Path) -> tuple[str, list[str]]:
-    """The page's document after its scripts ran, and what was written to the console."""
-    arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
-    arguments += [f"--user-data-dir={profile}", "--window-size=1200,2000", "--dump-dom", page.as_uri()]
-    done = subprocess.run([str(BROWSER), *arguments], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
 @pytest.mark.slow

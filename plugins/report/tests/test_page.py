@@ -4,52 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 from example_run import CONFIG, PROMPTS, metrics, write_run
+from page_reader import NASTY, page_of
 from pegbox.errors import UserError
 from pegbox_report.command import report
 from pegbox_report.page import embedded
 from pegbox_report.run_files import read_run
 from pegbox_report.series import page_data
 from pegbox_report.units import number, seconds, size
-
-NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;\"'"
-
-
-class Read(HTMLParser):
-    """What a browser would see: elements with their attributes, and text."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.inside: list[str] = []
-        self.figures = ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag in ("script", "style"):
-            self.inside.append(str(dict(attrs).get("id")))
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in ("script", "style"):
-            self.inside.pop()
-
-    def handle_data(self, data: str) -> None:
-        if self.inside:
-            self.figures += data if self.inside[-1] == "figures" else ""
-        else:
-            self.text += data
-
-
-def page_of(folder: Path, **options: Any) -> Read:
-    report(folder, **{"output": None, **options})
-    return Read((folder / "report.html").read_text(encoding="utf-8"))
 
 
 def test_every_part_of_the_run_is_on_the_page(tmp_path: Path) -> None:
