@@ -107,7 +107,7 @@ def run_trl(shape: Shape, folder: Path, checkpointing: bool, watch: Watch) -> No
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -134,39 +134,45 @@ def run_trl(shape: Shape, folder: Path, checkpointing: bool, watch: Watch) -> No
         return [reward_of(ids) for ids in completion_ids]
 
     texts, _ = prompt_ids(folder, shape.prompts)
-    completions = shape.prompts * shape.samples
     with tempfile.TemporaryDirectory() as output:
         trainer = Timed(
             model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
             reward_funcs=reward,
             processing_class=AutoTokenizer.from_pretrained(folder),
             train_dataset=Dataset.from_list([{"prompt": text} for text in texts]),
-            args=GRPOConfig(
-                output_dir=output,
-                max_steps=shape.steps,
-                per_device_train_batch_size=shape.micro_batch,
-                gradient_accumulation_steps=completions // shape.micro_batch,
-                num_generations=shape.samples,
-                max_completion_length=shape.tokens,
-                temperature=1.0,
-                learning_rate=LEARNING_RATE,
-                lr_scheduler_type="constant",
-                weight_decay=0.0,
-                max_grad_norm=1.0,
-                shuffle_dataset=False,
-                gradient_checkpointing=checkpointing,
-                logging_steps=1,
-                save_strategy="no",
-                report_to=[],
-                use_cpu=True,
-                bf16=False,
-                disable_tqdm=True,
-            ),
+            args=_trl_settings(shape, output, checkpointing),
             peft_config=LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules="all-linear"),
             callbacks=[Clock()],
         )
         watch.begins(trainer.model)
         trainer.train()
+
+
+def _trl_settings(shape: Shape, output: str, checkpointing: bool) -> Any:
+    """TRL's own settings, all but those of the shape at what both sides share."""
+    from trl import GRPOConfig
+
+    return GRPOConfig(
+        output_dir=output,
+        max_steps=shape.steps,
+        per_device_train_batch_size=shape.micro_batch,
+        gradient_accumulation_steps=shape.prompts * shape.samples // shape.micro_batch,
+        num_generations=shape.samples,
+        max_completion_length=shape.tokens,
+        temperature=1.0,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        shuffle_dataset=False,
+        gradient_checkpointing=checkpointing,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+    )
 
 
 # ---- Pegbox ----

@@ -9,10 +9,14 @@ import typer
 
 FileArgument = Annotated[
     Path,
-    typer.Argument(metavar="FILE", help="A YAML or JSON config, or a file with a command line `trl sft ...`."),
+    typer.Argument(metavar="FILE", help="A YAML or JSON config, or a file with a command line `trl dpo ...`."),
 ]
 FromOption = Annotated[
-    str, typer.Option("--from", help="axolotl, trl, oumi, llamafactory, or auto: the one whose typical keys it has.")
+    str,
+    typer.Option(
+        "--from",
+        help="axolotl, trl (or trl:dpo, trl:grpo ...), oumi, llamafactory, or auto: the one whose typical keys it has.",
+    ),
 ]
 OutputOption = Annotated[Path | None, typer.Option(help="File for the new config; printed unless given.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print config and report as JSON.")]

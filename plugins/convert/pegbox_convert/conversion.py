@@ -63,6 +63,9 @@ class Conversion:
         sources: the keys that a place in our config came from, by its path.
         entries: the report, by key.
         plugins: active plugins.
+        method: what the config trains by; `other` if there is no such method here.
+        fixed: places that the method has written for good, with the reason.
+        columns: columns of rows beside the prompt, where a file tells them.
     """
 
     foreign: Foreign
@@ -72,6 +75,9 @@ class Conversion:
     sources: dict[str, str] = field(default_factory=dict)
     entries: dict[str, Entry] = field(default_factory=dict)
     plugins: set[str] = field(default_factory=lambda: set(ours.ALWAYS))
+    method: str = "sft"
+    fixed: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    columns: set[str] = field(default_factory=set)
 
     def has(self, name: str) -> bool:
         """Whether the file sets a key (by the functions' name for it)."""
@@ -128,6 +134,10 @@ class Conversion:
                 theirs = self.table.defaults.get(key, value)
                 self.entries[key] = Entry(key, theirs, Status.DEFAULT, paths, note)
 
+    def fix(self, path: str, value: Any, why: str) -> None:
+        """Write a value that no key changes any more, if its plugin becomes active."""
+        self.fixed[path] = (value, why)
+
     def later(self, name: str, why: str, *, key: str = "") -> None:
         """Report a key as not supported yet, with the reason."""
         self._note(name, Status.LATER, why, key=key)
@@ -181,6 +191,9 @@ class Conversion:
         value = self.foreign.get(key)
         optional = rule.to.split(".")[0]
         active = optional in ours.CORE or optional in self.plugins
+        if active and rule.to in self.fixed:
+            self._write_fixed(key, rule.to)
+            return
         if not self.foreign.has(key) or value is None:
             if active and key in self.table.defaults:
                 self.put(rule.to, READERS[rule.read](self.table.defaults[key]), key, note=rule.note)
@@ -197,9 +210,18 @@ class Conversion:
             return
         self.put(rule.to, read, key, note=rule.note, differs=rule.differs)
 
+    def _write_fixed(self, key: str, path: str) -> None:
+        value, why = self.fixed[path]
+        if not ours.same(ours.default(path), value):
+            self._write(path, value, f"{self.table.title}'s default")
+        if self.foreign.has(key):
+            self.unneeded(key, why)
+
     def _leftover(self, leaf: str) -> None:
         value = self.foreign.get(leaf)
         later, unneeded = matches(leaf, self.table.later), matches(leaf, self.table.unneeded)
+        if later is not None and "*" in later and any(leaf in keys for keys in self.table.steps.values()):
+            later = None
         if later is not None and (unneeded is None or len(later) >= len(unneeded)):
             default = self.table.defaults.get(leaf)
             if quiet(value) or (default is not None and value == default):
@@ -247,6 +269,6 @@ class Conversion:
         named = {"name": model["name"]} if "name" in model else {}
         head: dict[str, Any] = {"model": {**named, **model}, "plugins": plugins}
         rest: dict[str, Any] = {
-            key: self.draft[key] for key in ("output", "seed", "resume", "use") if key in self.draft
+            key: self.draft[key] for key in ("output", "seed", "resume", "use", "loss", "rewards") if key in self.draft
         }
         return {**head, **rest, **{name: self.draft[name] for name in plugins if self.draft.get(name)}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,9 @@ from pegbox.source import parse
 from pegbox_convert.table import TABLES, Table
 
 MISSING = object()
+COMMANDS = ("sft", "dpo", "kto", "orpo", "cpo", "reward", "grpo", "rloo")
+"""TRL's trainers that have a command or an example script."""
+COMMAND = re.compile(rf"\btrl (?P<command>{'|'.join(COMMANDS)})\s|\bscripts/(?P<script>{'|'.join(COMMANDS)})\.py\s")
 
 
 @dataclass
@@ -25,12 +29,14 @@ class Foreign:
         lines: `file:line` by key path, where the file has lines.
         notes: remarks on keys that were spelled in an older way, by the key as written.
         written: the key as it stands in the file, by the key that it is read as.
+        command: what a command line does, such as `dpo` of `trl dpo`; empty for a file of keys.
     """
 
     tree: dict[str, Any]
     lines: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     written: dict[str, str] = field(default_factory=dict)
+    command: str = ""
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value at a dotted key, or `default`."""
@@ -69,12 +75,20 @@ def read(path: Path, program: str = "auto") -> tuple[Foreign, Table]:
     """Read a config.
 
     Args:
-        path: YAML, JSON, or a text file with one command line `trl sft --key value ...`.
-        program: name of a table, or `auto`: the one whose typical keys the file has.
+        path: YAML, JSON, or a text file with one command line `trl dpo --key value ...`.
+        program: name of a table, or `auto`: the one whose typical keys the file has; behind a colon the command that
+            a file of keys is for, as in `trl:dpo`.
 
     Raises:
         ConfigError: there is no such file, it cannot be read, or nobody can tell which program it is of.
     """
+    program, _, command = program.partition(":")
+    if command and (program != "trl" or command not in COMMANDS):
+        raise ConfigError(
+            f"--from is '{program}:{command}', and there is no such command",
+            f"Commands of trl: {', '.join(COMMANDS)}; the other programs' configs name their method.",
+            "Correct --from.",
+        )
     if program != "auto" and program not in TABLES:
         raise ConfigError(
             f"--from is '{program}', which is no program", did_you_mean(program, TABLES, "Known:"), "Correct --from."
@@ -89,6 +103,7 @@ def read(path: Path, program: str = "auto") -> tuple[Foreign, Table]:
         raise ConfigError(f"{path} cannot be read: {error}", "It must be a text file.", "Correct FILE.") from error
     table = Table.load(program) if program != "auto" else _recognized(foreign, path)
     rename(foreign, table)
+    foreign.command = command or foreign.command
     return foreign, table
 
 
@@ -99,12 +114,12 @@ def _yaml(text: str, path: Path) -> Foreign:
 
 
 def _command_line(text: str) -> Foreign | None:
-    """The flags of `trl sft --a 1 --b`, if the file is such a line (comments and line continuations allowed)."""
+    """The flags of `trl dpo --a 1 --b`, if the file is such a line (comments and line continuations allowed)."""
     plain = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#")).strip()
-    start = plain.find("trl sft ")
-    if start < 0 or "--" not in plain[start:] or plain.startswith("{"):
+    found = COMMAND.search(plain)
+    if found is None or "--" not in plain[found.end() :] or plain.startswith("{"):
         return None
-    words = shlex.split(plain[start:].replace("\\\n", " "))[2:]
+    words = shlex.split(plain[found.end() :].replace("\\\n", " "))
     tree: dict[str, Any] = {}
     for word in words:
         if word.startswith("--"):
@@ -116,7 +131,8 @@ def _command_line(text: str) -> Foreign | None:
     flags = {key: _words(values) for key, values in tree.items()}
     named = flags.pop("config", None)
     below = _yaml(Path(str(named)).read_text(encoding="utf-8"), Path(str(named))) if named else Foreign({})
-    return Foreign({**below.tree, **flags}, {key: line for key, line in below.lines.items() if key not in flags})
+    lines = {key: line for key, line in below.lines.items() if key not in flags}
+    return Foreign({**below.tree, **flags}, lines, command=found["command"] or found["script"])
 
 
 def _words(values: list[str]) -> Any:

@@ -16,7 +16,22 @@ ABSENT = object()
 
 ORDER = (
     *("hf", "templates", "data", "packing", "bnb", "freeze", "lora", "relora", "neftune", "activations", "compile"),
-    *("fsdp", "chunked-cross-entropy", "sft", "dft", "router-loss", "optim", "bnb-optim", "schedule-free"),
+    *(
+        "fsdp",
+        "chunked-cross-entropy",
+        "reference",
+        "sft",
+        "dft",
+        "dpo",
+        "kto",
+        "orpo",
+        "simpo",
+        "cpo",
+        "reward",
+        "prm",
+    ),
+    *("grpo", "rollout-hf", "rollout-vllm", "reward-functions", "reward-model"),
+    *("router-loss", "optim", "bnb-optim", "schedule-free"),
     *("torchao-optim", "pytorch-optimizer", "trainer", "early-stopping", "samples", "trackers", "hub"),
 )
 """The plugins that a converted config can list, in the order of its list: what is first touches a thing first."""

@@ -106,10 +106,9 @@ def test_what_is_missing_is_named() -> None:
         for name in ("axolotl-experts.yaml", "axolotl-grpo.yaml", "axolotl-ebft.yaml", "axolotl-reward.yaml")
         for entry in converted(name).unsupported
     }
-    assert "preference methods" in notes["rl"]
-    assert "online methods" in notes["trl.num_generations"]
+    assert "EBFT" in notes["rl"]
+    assert "async prefetch" in notes["trl.async_prefetch"]
     assert notes["ebft.stride"] == "EBFT"
-    assert "reward models" in notes["reward_model"]
     assert "kernels" in notes["use_scattermoe"]
     assert "DeepSpeed" in notes["deepspeed"]
     assert "FP8" in notes["fp8"]
@@ -120,11 +119,12 @@ def test_what_is_missing_is_named() -> None:
 def test_a_config_of_another_method_cannot_run_as_supervised_training(tmp_path: Path) -> None:
     assert "sft" not in converted("axolotl-grpo.yaml").config["plugins"]
     assert "sft" not in converted("axolotl-reward.yaml").config["plugins"]
-    assert "# Not in this config:\n#   rl (not supported yet" in converted("axolotl-grpo.yaml").text
+    assert "sft" not in converted("axolotl-ebft.yaml").config["plugins"]
+    assert "# Not in this config:\n#   rl (not supported yet" in converted("axolotl-ebft.yaml").text
     path = tmp_path / "dpo.yaml"
-    path.write_text("stage: dpo\nmodel_name_or_path: m\ndataset: d\n")
+    path.write_text("stage: ppo\nmodel_name_or_path: m\ndataset: d\n")
     assert "sft" not in convert_file(path).config["plugins"]
-    path.write_text("model: {model_name: m}\ntraining: {trainer_type: TRL_DPO}\n")
+    path.write_text("model: {model_name: m}\ntraining: {trainer_type: TRL_GKD}\n")
     assert "sft" not in convert_file(path).config["plugins"]
 
 
@@ -203,11 +203,11 @@ def test_older_spellings_of_axolotl_are_accepted(written: str, tmp_path: Path) -
             "xformers_attention: true",
             "sage_attention: true",
             "sequence_parallel_degree: 2",
-            "dpo_beta: 0.2",
-            "rl: ipo",
+            "dpo_norm_loss: true",
+            "rl: ppo",
         ),
         *("max_packed_sequence_len: 9", "s2_attention: true", "flash_attn_rms_norm: true", "unsloth_rope: true"),
-        *("flash_attn_d512: true", "liger_swiglu: true", "trl: {vllm_importance_sampling_cap: 2.0}"),
+        *("flash_attn_d512: true", "liger_swiglu: true", "trl: {replay_buffer_size: 2}"),
     ],
 )
 def test_what_axolotl_itself_has_replaced_is_named_where_nothing_stands_for_it(written: str, tmp_path: Path) -> None:

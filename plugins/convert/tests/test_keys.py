@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from pegbox_convert import ours
 from pegbox_convert.conversion import Conversion, Status
 from pegbox_convert.foreign import Foreign, rename
 from pegbox_convert.steps import steps_of
+from pegbox_convert.steps.methods import defaults
 from pegbox_convert.steps.modelling import TEMPLATES
 from pegbox_convert.steps.optimization import SCHEDULES, optimizers
 from pegbox_convert.table import TABLES, Table
@@ -48,9 +49,20 @@ def test_every_key_of_the_other_program_is_known(program: str) -> None:
     assert not unknown
 
 
-def test_every_field_of_trl_sft_is_known() -> None:
+def trainers() -> dict[str, type]:
     trl = importlib.import_module("trl")
-    dataclasses = (trl.SFTConfig, trl.ModelConfig, trl.ScriptArguments, trl.DatasetMixtureConfig)
+    found = {"dpo": trl.DPOConfig, "kto": trl.KTOConfig, "reward": trl.RewardConfig}
+    found |= {"grpo": trl.GRPOConfig, "rloo": trl.RLOOConfig}
+    for name in ("orpo", "cpo"):
+        module = importlib.import_module(f"trl.experimental.{name}.{name}_config")
+        found[name] = getattr(module, f"{name.upper()}Config")
+    return found
+
+
+def test_every_field_of_trl_is_known() -> None:
+    trl = importlib.import_module("trl")
+    online = importlib.import_module("trl.scripts.grpo").GRPOScriptArguments
+    dataclasses = (trl.SFTConfig, trl.ModelConfig, online, trl.DatasetMixtureConfig, *trainers().values())
     names = {field.name for one in dataclasses for field in fields(one)}
     entries = fields(importlib.import_module("trl.scripts.utils").DatasetConfig)
     names |= {f"datasets.0.{field.name}" for field in entries} - {"datasets"}
@@ -70,6 +82,19 @@ def test_defaults_of_trl_are_those_of_its_dataclasses() -> None:
     for name, value in defaults.items():
         expected = ours_alone.get(name, known[name])
         assert getattr(expected, "value", expected) == value, name
+
+
+def test_defaults_of_methods_are_those_of_trls_trainers() -> None:
+    ours_alone = {"pref_loss", "objective", "max_length", "center_rewards_coefficient", "min_p"}
+    for method, config in trainers().items():
+        known = {field.name: field for field in fields(config)}
+        listed = {**defaults()[method]["defaults"], **defaults()[method]["trl"]}
+        for name, value in listed.items():
+            if name in ours_alone:
+                continue
+            field = known[name]
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            assert getattr(default, "value", default) == value, (method, name)
 
 
 @pytest.mark.parametrize("program", TABLES)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from kto_rows import Tiny, composed, example_of, pair_of, random_answers, run
-from pegbox.errors import ConfigError, PluginError
+from pegbox.errors import ConfigError
 from pegbox.run import execute
 
 TRAIN = [example_of(answer) for answer in random_answers(9, seed=4)]

@@ -42,7 +42,9 @@ class GymRowsOptions(Section):
 
     task: str = setting(..., "Name of the task, such as `chain_sum` or `countdown`.", min_length=1)
     rows: int = setting(1000, "How many rows there are.", unit="rows", ge=1)
-    seed: int = setting(0, "Seed of the rows.", ge=0)
+    seed: int = setting(
+        0, "Seed of the rows; row i depends on seed + i, so held-out rows take one at least `rows` away.", ge=0
+    )
     settings: dict[str, JsonValue] = setting({}, "Settings of the task, as reasoning-gym names them.")
     instruction: str = setting("", "Text behind every question, after a blank line, such as how to answer.")
 

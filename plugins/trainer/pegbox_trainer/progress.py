@@ -89,7 +89,8 @@ class RunProgress:
 
 
 def _short(metrics: Mapping[str, float]) -> str:
+    reward = f"reward {metrics['reward']:.4f}  " if "reward" in metrics else ""
     return (
-        f"loss {metrics['loss']:.4f}  grad norm {metrics['grad_norm']:.3f}  lr {metrics['learning_rate']:.2e}  "
+        f"{reward}loss {metrics['loss']:.4f}  grad norm {metrics['grad_norm']:.3f}  lr {metrics['learning_rate']:.2e}  "
         f"{metrics['tokens_per_s']:,.0f} tokens/s"
     )

@@ -10,9 +10,12 @@ from pegbox_convert.steps import (
     axolotl_rest,
     cadence,
     following,
+    methods,
     modelling,
+    online,
     optimization,
     others,
+    preferences,
     running,
     trl_data,
 )
@@ -34,6 +37,7 @@ SHARED: dict[str, Step] = {
         *(following.report_to, following.switched_trackers, following.hub),
         *(following.samples, following.relora, following.loss, following.router),
         *(axolotl_rest.groups, axolotl_rest.integrations, axolotl_rest.unfrozen),
+        *(methods.method, preferences.preferences, online.online),
         *(others.mixed, others.oumi_datasets, others.factory_datasets, others.factory_stage),
     )
 }

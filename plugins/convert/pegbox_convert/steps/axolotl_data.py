@@ -6,6 +6,8 @@ from typing import Any
 
 from pegbox_convert.conversion import Conversion
 from pegbox_convert.places import place
+from pegbox_convert.steps import axolotl_answers
+from pegbox_convert.steps.methods import ONLINE, OTHER
 from pegbox_convert.steps.modelling import TEMPLATES
 from pegbox_convert.values import flag, mapping, names, quiet
 
@@ -36,16 +38,6 @@ OPTIONS = {
 """Options of chat data that each have a counterpart."""
 TYPES = {"alpaca": "alpaca", "completion": "pretraining", "pretrain": "pretraining", "input_output": "input_output"}
 SOURCES = {"json": "", "parquet": "parquet", "arrow": "arrow", "csv": "csv", "text": "text"}
-PREFERENCE = (
-    "bradley_terry",
-    "chatml.",
-    "llama3.",
-    "zephyr.",
-    "passthrough",
-    "chat_template.argilla",
-    "ebft_",
-    "rewards.",
-)
 SYNTHETIC = {"length": "rows", "seed": "seed"}
 
 
@@ -71,6 +63,10 @@ def datasets(c: Conversion) -> None:
 
 def _length(c: Conversion) -> None:
     length = c.get("sequence_len", "whole")
+    if c.method in ONLINE:
+        if c.has("sequence_len"):
+            c.unneeded("sequence_len", "prompts are not cut there; completions have a length of their own")
+        return
     c.put("data.max_length", length, "sequence_len")
     strategy = str(c.get("excess_length_strategy"))
     overlong = {"drop": "drop", "truncate": "truncate", "raise": "error"}.get(strategy)
@@ -174,6 +170,9 @@ class Reading:
 
     def _type(self) -> None:
         kind = self.item.get("type")
+        if self.c.method not in ("sft", OTHER):
+            axolotl_answers.read(self, kind)
+            return
         if isinstance(kind, dict):
             self._own_prompt(kind)
             return
@@ -198,8 +197,7 @@ class Reading:
             self.take("type", "format")
             self.entry["format"] = "chat"
         else:
-            missing = "preference methods: data" if word.startswith(PREFERENCE) else "the dataset type"
-            self.later("type", f"{missing} {word}".strip())
+            self.later("type", f"the dataset type {word}".strip())
             self.entry["format"] = "chat"
 
     def _text(self, kind: str) -> None:

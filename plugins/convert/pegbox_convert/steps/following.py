@@ -114,7 +114,7 @@ def relora(c: Conversion) -> None:
 
 def loss(c: Conversion) -> None:
     """Cross entropy, or that weighted by probability; in chunks where the program asks for it."""
-    if _other_method(c):
+    if c.method != "sft":
         return
     kind = str(c.get("loss_type") or "nll")
     weighted = c.get("use_dft")
@@ -134,22 +134,6 @@ def loss(c: Conversion) -> None:
         name = "loss_type" if kind == "chunked_nll" else "chunked_cross_entropy"
         c.start("chunked-cross-entropy")
         c.note_plugin(name, "chunked-cross-entropy", "the same loss: the size of a chunk is ours")
-
-
-def _other_method(c: Conversion) -> bool:
-    """Whether the config is for another method than supervised training: it gets no loss then, and cannot run."""
-    found = False
-    for name, allowed in c.table.facts.get("methods", {}).items():
-        value = str(c.get(name) or "").lower().rpartition(".")[2]
-        if quiet(c.get(name)) or value in allowed:
-            continue
-        found = True
-        if not allowed:
-            continue
-        c.later(name, f"the method {value}: the new config has no loss, so that it cannot run as another method")
-    if not found and c.has("trainer_type"):
-        c.note_plugin("trainer_type", "sft")
-    return found
 
 
 def router(c: Conversion) -> None:

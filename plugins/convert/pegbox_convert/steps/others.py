@@ -8,6 +8,8 @@ from typing import Any
 
 from pegbox_convert.conversion import Conversion
 from pegbox_convert.places import place
+from pegbox_convert.steps import answers
+from pegbox_convert.steps.methods import ONLINE
 from pegbox_convert.values import flag, mapping, names, quiet
 
 Entry = dict[str, Any]
@@ -45,9 +47,11 @@ def mixed(c: Conversion) -> None:
 def oumi_datasets(c: Conversion) -> None:
     """Oumi's splits: lists of datasets, the collator that says what is trained, packing."""
     longest = c.get("max_length", "positive_whole")
-    if longest:
+    if c.method in ONLINE and longest:
+        c.unneeded("max_length", "prompts are not cut there")
+    elif longest:
         c.put("data.max_length", longest, "max_length")
-        c.put("data.overlong", "truncate", "max_length")
+        c.put("data.overlong", answers.overlong(c), "max_length")
     for split, ours in (("train", "data.train"), ("validation", "data.eval")):
         listed = c.get(f"data.{split}.datasets")
         entries = [
@@ -72,12 +76,16 @@ def _oumi(c: Conversion, split: str, index: int, item: Entry) -> Entry:
     name = str(item.get("dataset_name"))
     path = str(item.get("dataset_path") or options.get("hf_dataset_path") or name)
     entry: Entry = {"path": place(path, c.folder), "format": CLASSES.get(name, "chat")}
+    if c.method != "sft":
+        entry["format"] = answers.format_of(c)
     for given, places in (("dataset_name", "format"), ("dataset_path", "path"), ("subset", "name"), ("split", "split")):
         if not quiet(item.get(given)):
             c.mapped(f"{key}.{given}", f"{ours}: {places}", "")
             if given in ("subset", "split"):
                 entry[places] = str(item[given])
-    if name not in CLASSES:
+    if c.method != "sft":
+        c.differs(f"{key}.dataset_name", answers.GUESS)
+    elif name not in CLASSES:
         c.differs(f"{key}.dataset_name", "its class decides what a row is: rows with messages are assumed")
     if not quiet(item.get("sample_count")):
         c.mapped(f"{key}.sample_count", f"{ours}: limit", "the first rows")
@@ -98,7 +106,7 @@ def _oumi(c: Conversion, split: str, index: int, item: Entry) -> Entry:
     for other in ("shuffle_buffer_size", "seed", "transform_num_workers", "trust_remote_code"):
         if other in item:
             c.unneeded(f"{key}.{other}", "not needed here")
-    return entry | _masked(c, split, entry["format"])
+    return entry | (_masked(c, split, entry["format"]) if c.method == "sft" else {})
 
 
 def _masked(c: Conversion, split: str, kind: str) -> Entry:
@@ -121,14 +129,7 @@ def _masked(c: Conversion, split: str, kind: str) -> Entry:
 
 
 def factory_stage(c: Conversion) -> None:
-    """LLaMA-Factory: only supervised training, of conversations or of plain text."""
-    stage = str(c.get("stage"))
-    if stage in ("sft", "pt"):
-        if c.has("stage"):
-            c.note_plugin("stage", "sft")
-    else:
-        missing = {"rm": "reward models", "ppo": "online methods (PPO)"}.get(stage, "preference methods")
-        c.later("stage", f"{missing}: {stage}")
+    """LLaMA-Factory: weights in bf16, and its scale of adapters."""
     if c.get("pure_bf16") is not None and flag(c.get("pure_bf16")):
         c.put("trainer.precision", "bf16", "pure_bf16")
         c.put("lora.dtype" if "lora" in c.plugins else "hf.trainable_dtype", "bfloat16", "pure_bf16")
@@ -177,10 +178,11 @@ def _registry(c: Conversion) -> Entry | None:
 
 
 def _registered(c: Conversion, key: str, name: str, info: Entry | None) -> Entry:
-    options = _factory_options(c, key)
+    options = _factory_options(c, key) if c.method == "sft" else {}
+    rows = {} if c.method == "sft" else {"format": answers.format_of(c)}
     if info is None or name not in info:
         c.later(key, REGISTRY)
-        return {"path": name, **({"options": options} if options else {})}
+        return {"path": name, **rows, **({"options": options} if options else {})}
     about = mapping(info[name])
     folder = str(c.get("dataset_dir"))
     hub, file = about.get("hf_hub_url"), about.get("file_name")
@@ -205,6 +207,8 @@ def _registered(c: Conversion, key: str, name: str, info: Entry | None) -> Entry
         options["roles"] |= {str(tags[tag]): role for tag, role in roles.items() if tag in tags and tags[tag] != role}
     else:
         options |= {"chat_template": True, "question": "{instruction}\n{input}"}
+    if rows:
+        return answers.registered(c, key, entry, about)
     others = sorted({*columns} - {*known})
     if others:
         c.later(key, f"columns of dataset_info.json: {', '.join(others)}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pegbox_convert.conversion import Conversion
+from pegbox_convert.steps import online
+from pegbox_convert.steps.methods import ONLINE
 from pegbox_convert.values import flag, quiet
 
 
@@ -21,17 +23,16 @@ def length(c: Conversion) -> None:
 def batch(c: Conversion) -> None:
     """Rows of a micro-batch and micro-batches of a step, per process; any two of micro, accumulation, product."""
     micro, steps = c.get("per_device_train_batch_size", "whole"), c.get("gradient_accumulation_steps", "whole")
-    product = c.get("batch_size", "whole")
+    product, by = c.get("batch_size", "whole"), ["gradient_accumulation_steps"]
     if product and c.has("per_device_train_batch_size"):
-        steps = product // micro
-        c.put("trainer.accumulation", steps, "batch_size", "gradient_accumulation_steps")
+        steps, by = product // micro, ["batch_size", *by]
     elif product and c.has("gradient_accumulation_steps"):
         micro = product // steps
-        c.put("trainer.accumulation", steps, "gradient_accumulation_steps")
+    if c.method in ONLINE:
+        online.batch(c, micro, steps)
     else:
-        c.put("trainer.accumulation", steps, "gradient_accumulation_steps")
-    names = ("per_device_train_batch_size", *(("batch_size",) if product else ()))
-    c.put("trainer.micro_batch", micro, *names)
+        c.put("trainer.accumulation", steps, *by)
+        c.put("trainer.micro_batch", micro, "per_device_train_batch_size", *(("batch_size",) if product else ()))
     rows = c.get("per_device_eval_batch_size", "whole")
     if rows and (c.has("per_device_eval_batch_size") or (evaluates(c) and rows != micro)):
         c.put("trainer.eval_micro_batch", rows, "per_device_eval_batch_size")
@@ -102,7 +103,9 @@ def order(c: Conversion) -> None:
     if c.get("disable_shuffling") is not None:
         c.put("trainer.shuffle", not flag(c.get("disable_shuffling")), "disable_shuffling")
     if c.get("shuffle_dataset") is not None and flag(c.get("shuffle_dataset")):
-        c.put("data.shuffle", True, "shuffle_dataset")
+        c.put("trainer.shuffle" if c.method in ONLINE else "data.shuffle", True, "shuffle_dataset")
+    elif c.method in ONLINE and c.has("shuffle_dataset"):
+        c.put("trainer.shuffle", False, "shuffle_dataset")
     logging = str(c.get("logging_strategy") or "steps")
     if logging != "steps":
         c.later("logging_strategy", f"logging by {logging}: figures are written every trainer.log_every steps")

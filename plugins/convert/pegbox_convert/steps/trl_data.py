@@ -7,6 +7,7 @@ from typing import Any
 
 from pegbox_convert.conversion import Conversion
 from pegbox_convert.places import first_row, place
+from pegbox_convert.steps import answers
 from pegbox_convert.values import flag, quiet
 
 Entry = dict[str, Any]
@@ -84,6 +85,8 @@ def _mixed(c: Conversion, index: int, item: Entry) -> Entry:
 def _format(c: Conversion, path: str, key: str) -> Entry:
     """Format and options, by the columns of a local file, else by the options that only one kind of rows has."""
     row = first_row(path)
+    if c.method != "sft":
+        return answers.by_columns(c, row, key)
     assistant = c.get("assistant_only_loss") is not None and flag(c.get("assistant_only_loss"))
     completion = c.get("completion_only_loss")
     column = str(c.get("dataset_text_field") or "text")
@@ -122,7 +125,9 @@ def _length(c: Conversion) -> None:
     else:
         c.put("data.max_length", longest, "max_length")
         mode = str(c.get("truncation_mode"))
-        if mode == "keep_start":
+        if c.method == "reward":
+            c.put("data.overlong", "drop", "max_length")
+        elif mode == "keep_start":
             c.put("data.overlong", "split" if _splits(c) else "truncate", "truncation_mode")
         else:
             c.later("truncation_mode", "keeping the end of long rows")
