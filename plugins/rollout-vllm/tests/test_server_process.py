@@ -20,7 +20,7 @@ from pegbox_rollout_vllm.connection import Connection
 from pegbox_rollout_vllm.options import Shape
 from pegbox_rollout_vllm.server import OwnServer, free_port
 
-TWO = "import os, time\nos.fork()\nprint(os.getpid(), flush=True)\ntime.sleep(60)\n"
+TWO = "import os, time\nos.fork()\nos.write(1, b'%d\\n' % os.getpid())\ntime.sleep(60)\n"
 
 
 def alive(pid: int) -> bool:
