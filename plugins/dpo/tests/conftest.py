@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from pegbox.testing.tiny import tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -22,6 +20,9 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny Llama with clear preferences, whose tokens are the words t0, t1, ..."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     folder = tmp_path_factory.mktemp("dpo") / "base"
     tiny_model(initializer_range=0.2).module.save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(260)}, unk_token="t0"))

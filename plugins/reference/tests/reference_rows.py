@@ -15,9 +15,7 @@ from pegbox.rows import UNTRAINED, Batch, Example, Examples, Split
 from pegbox.run import execute
 from pegbox.testing.tiny import tiny_model
 from pegbox.types import Item, Loss, LossOutput, Model, ModelRequest, Need, Outputs, Processor, Term
-from tokenizers import Tokenizer, models
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
 
 
 def pair(seed: int) -> Example:
@@ -66,6 +64,9 @@ class Tiny:
 
     @hookimpl
     def load_processor(self) -> Processor:
+        from tokenizers import Tokenizer, models
+        from transformers import PreTrainedTokenizerFast
+
         words = Tokenizer(models.WordLevel({"<end>": 0, "word": 1}, unk_token="word"))
         return Processor(tokenizer=PreTrainedTokenizerFast(tokenizer_object=words), pad_id=0, fingerprint="tiny")
 

@@ -17,8 +17,6 @@ from pegbox.rows import UNTRAINED, Example
 from pegbox.run import execute
 from pegbox.testing.tiny import tiny_model
 from pegbox.types import Model
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
 
 PAD, END = 256, 258
 
@@ -31,6 +29,9 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the tiny language model, with a tokenizer."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
     folder = tmp_path_factory.mktemp("model") / "base"
     tiny_model().module.save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"t{number}": number for number in range(260)}, unk_token="t0"))
