@@ -28,7 +28,7 @@ BATCH = 16
 LONGEST_ANSWER = 40
 EVAL_SHARE = 6
 UNFIT = re.compile(r"://|\w@\w|\.ru\b|\brm -|/mnt/|bitch|Baghdadi|Aminabhatzade|Abell", re.IGNORECASE)
-"""Addresses that the model invented and may be somebody's; persons; abuse; commands that remove files; mounted folders."""
+"""Invented addresses that may be somebody's; persons; abuse; commands that remove files; mounted folders."""
 
 Message = dict[str, str]
 Pair = Mapping[str, Sequence[Message]]
