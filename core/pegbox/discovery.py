@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -46,9 +47,9 @@ def discover(group: str = "pegbox") -> dict[str, list[Installed]]:
     """
     found: dict[str, list[Installed]] = {}
     seen: set[str] = set()
-    for folder in (folder for root in sys.path for folder in sorted(Path(root).glob("*.dist-info"))):
-        distribution = folder.name.partition("-")[0].lower().replace(".", "_")
-        if distribution in seen:
+    for folder in (f"{root or '.'}/{name}" for root in sys.path for name in _listing(root or ".")):
+        distribution = folder.rpartition("/")[2].partition("-")[0].lower().replace(".", "_")
+        if not folder.endswith(".dist-info") or distribution in seen:
             continue
         seen.add(distribution)
         section = "\n" + _text(f"{folder}/entry_points.txt").partition(f"[{group}]\n")[2]
@@ -61,6 +62,12 @@ def discover(group: str = "pegbox") -> dict[str, list[Installed]]:
             plugin = Installed(name.strip(), value.strip(), first["Name"], first["Version"], requires)
             found.setdefault(plugin.name, []).append(plugin)
     return found
+
+
+def _listing(root: str) -> list[str]:
+    with suppress(OSError):
+        return sorted(os.listdir(root))  # noqa: PTH208 - this runs at every start
+    return []
 
 
 def _text(path: str) -> str:

@@ -91,10 +91,9 @@ def compose(
     sections = read_sections(layer, kernel.schemas(), list(kernel.active), kernel.installed)
     kernel.choose_owners({**run.use, **dict.fromkeys(["build_loss"] if weighed else [], OWNER)})
     if weighed:
-        able = [i.plugin for i in kernel.implementations("build_loss", wrapper=False) if i.plugin != OWNER]
+        able = [i.plugin for i in kernel.implementations("build_loss", wrapper=False) if i.plugin != OWNER] or ["none"]
         if run.loss.keys() != set(able):
-            origin = layer.origin(("loss",))
-            raise fail("loss-weights", weighed=", ".join(run.loss), able=", ".join(able) or "none", origin=origin)
+            raise fail("loss-weights", loss=", ".join(run.loss), able=", ".join(able), origin=layer.origin(("loss",)))
     config = Config(run, sections, layer, folder)
     ctx = Context(config, kernel, make_plan(config, kernel), Path(run.output).expanduser().absolute())
     kernel.register_states(ctx)

@@ -42,9 +42,8 @@ class WeighedLoss:
         self.needs = frozenset().union(*(loss.needs for loss in losses.values()))
         self.extras = frozenset().union(*(getattr(loss, "extras", ()) for loss in losses.values()))
         self.entropy_gradient = any(getattr(loss, "entropy_gradient", False) for loss in losses.values())
-        self.scope: Literal["token", "batch"] = (
-            "batch" if any(loss.scope == "batch" for loss in losses.values()) else "token"
-        )
+        whole = any(loss.scope == "batch" for loss in losses.values())
+        self.scope: Literal["token", "batch"] = "batch" if whole else "token"
 
     def counts(self, batch: Batch) -> Mapping[str, float]:
         every = {name: loss.counts(batch) for name, loss in self.losses.items()}

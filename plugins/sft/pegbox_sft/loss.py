@@ -36,9 +36,8 @@ def wanted(batch: Batch) -> Tensor | None:
     return (batch.sign_D > 0)[batch.document_N]
 
 
-def count_of(batch: Batch) -> float | Tensor:
+def count_of(batch: Batch, wanted_N: Tensor | None) -> float | Tensor:
     """How many tokens are trained; the device is not waited for."""
-    wanted_N = wanted(batch)
     return float(batch.trained_tokens) if wanted_N is None else wanted_N.sum()
 
 
@@ -51,11 +50,12 @@ class SftLoss:
 
     def counts(self, batch: Batch) -> Mapping[str, float]:
         """The number of trained tokens."""
-        return {TERM: float(count_of(batch))}
+        return {TERM: float(count_of(batch, wanted(batch)))}
 
     def __call__(self, batch: Batch, outputs: Outputs) -> LossOutput:
         """The term of one micro-batch; `outputs.logps_N` follows `batch.trained_N`."""
         assert outputs.logps_N is not None, "the loop provides every need"
         wanted_N = wanted(batch)
         logps_N = outputs.logps_N if wanted_N is None else outputs.logps_N.where(wanted_N, 0.0)
-        return LossOutput(terms=(Term(name=TERM, total=negative_log_likelihood(logps_N), count=count_of(batch)),))
+        total, count = negative_log_likelihood(logps_N), count_of(batch, wanted_N)
+        return LossOutput(terms=(Term(name=TERM, total=total, count=count),))

@@ -70,7 +70,7 @@ class RowBatches:
         self._pad_id = ctx.processor.pad_id
         self._pin = ctx.runtime.device.type == "cuda"
         shuffle = config.shuffle and examples.split == "train"
-        self._packed = isinstance(examples, PackedExamples) or hasattr(examples, "fit")
+        self._packed = hasattr(examples, "fit")
         self._windows: Windows = (
             StreamWindows(ctx, examples, config.stream_window, shuffle=shuffle)
             if isinstance(examples, ExampleStream)
