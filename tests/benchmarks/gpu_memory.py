@@ -2,8 +2,8 @@
 
     python tests/benchmarks/gpu_memory.py [--results CSV] [--only NAME ...] [--tiny]
 
-Each contender trains a model with random weights (the architecture of Qwen3-0.6B, or of Llama-8B) for some steps on
-rows of one length, every token trained. The estimate is made first, in the same process, on the same config.
+Each contender trains a model with random weights (the architecture of Qwen3-0.6B, Llama-8B or gpt-oss-20b) for some
+steps on rows of one length, every token trained. The estimate is made first, in the same process, on the same config.
 `allocated` is compared with torch's `max_memory_allocated`, `reserved` with `max_memory_reserved`, and `process` with
 what the driver says this process has (all memory in use, less what was in use before it began). A line is red if the
 first is off by more than 10 %. What a contender writes goes to a log beside the results. `--tiny` has two small layers
@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from children import Failed, answer
+from packed_checkpoint import write_packed
 from pegbox.events import Event, RunStarted, Stepped
 from pegbox.hooks import hookimpl
 from pegbox.plan import compose
@@ -57,6 +58,7 @@ LLAMA = {
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
 }
+GPT_OSS = {"model_type": "gpt_oss", "num_local_experts": 32, "num_hidden_layers": 24, "pad_token_id": 0}
 TINY = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 1024, "head_dim": 32}
 TINY_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -73,8 +75,11 @@ class Contender:
 
 
 LORA = {"lora": {"r": 16, "alpha": 32, "targets": "all-linear"}}
+ATTENTION_LORA = {"lora": {"r": 16, "alpha": 32, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]}}
 CHUNKED: dict[str, dict[str, Any]] = {"chunked-cross-entropy": {}}
 FULL_RECOMPUTE: dict[str, dict[str, Any]] = {"activations": {"policy": "full"}}
+PACKED: dict[str, dict[str, Any]] = {"mxfp4": {}} | FULL_RECOMPUTE
+KERNELS: dict[str, dict[str, Any]] = {"gpt-oss-attention": {}, "cce": {}, "scattermoe": {}}
 CONTENDERS = (
     Contender("0.6B lora", QWEN, 4, 2048, LORA | CHUNKED),
     Contender("0.6B lora, whole head", QWEN, 1, 2048, LORA),
@@ -93,6 +98,8 @@ CONTENDERS = (
     Contender("0.6B lora, nf4", QWEN, 4, 2048, LORA | CHUNKED | {"bnb": {}}),
     Contender("8B lora, recomputed", LLAMA, 2, 4096, LORA | CHUNKED | FULL_RECOMPUTE),
     Contender("8B lora, auto", LLAMA, 2, 4096, LORA | CHUNKED | {"activations": {"policy": "auto"}}),
+    Contender("gpt-oss-20b lora, mxfp4", GPT_OSS, 1, 2048, ATTENTION_LORA | CHUNKED | PACKED),
+    Contender("gpt-oss-20b lora, mxfp4, kernels", GPT_OSS, 1, 2048, ATTENTION_LORA | KERNELS | PACKED),
 )
 
 
@@ -190,7 +197,7 @@ def used_bytes() -> int:
 def config_of(contender: Contender, model: Path, output: Path) -> dict[str, Any]:
     """The config of a run."""
     export = "peft" if "lora" in contender.sections else "transformers"
-    first = [name for name in ("packing", "bnb") if name in contender.sections]
+    first = [name for name in ("packing", "bnb", "mxfp4") if name in contender.sections]
     return {
         "model": {"name": str(model), "dtype": "bfloat16"},
         "plugins": [
@@ -215,7 +222,7 @@ def config_of(contender: Contender, model: Path, output: Path) -> dict[str, Any]
 
 def stored(contender: Contender) -> bool:
     """Whether its weights must lie on disk: who quantizes reads them there."""
-    return "bnb" in contender.sections
+    return bool({"bnb", "mxfp4"} & contender.sections.keys())
 
 
 def make_model(contender: Contender, folder: Path) -> None:
@@ -223,6 +230,10 @@ def make_model(contender: Contender, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = dict(contender.shape)
+    if "mxfp4" in contender.sections:
+        del settings["model_type"]
+        write_packed(settings, folder)
+        return
     config = AutoConfig.for_model(settings.pop("model_type"), max_position_embeddings=8192, **settings)
     if not stored(contender):
         config.architectures, config.dtype = [type(config).__name__.replace("Config", "ForCausalLM")], "bfloat16"

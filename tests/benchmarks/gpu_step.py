@@ -5,7 +5,8 @@
 Models have the published shapes and random bf16 weights, made on the GPU; rows are random tokens of one length, all of
 them trained. Every contender is a process of its own. It waits for the device after each step; the median of those
 after the first four counts. LoRA has rank 16. TRL runs as its users run it: gradient checkpointing, Liger kernels and
-the fastest attention that is installed; its router loss is off, as ours is. Losses of a case must agree: both begin at
+the fastest attention that is installed; its router loss is off, as ours is. Unsloth, which needs a TRL of its own, runs
+where it is installed. Losses of a case must agree: both begin at
 the same weights. What a contender writes goes to a log beside the results. `--profile N` prints the N kernels that take
 most of a step and the part of it in which the GPU does nothing. `--tiny` has two small layers, so that everything can
 be tried in a minute; without a GPU it leaves out what needs one.
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib
 import json
 import logging
 import statistics
@@ -25,89 +25,16 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from children import Failed, answer
 from step_cases import CASES, Case, filled, shrunk
-from step_watch import STEPS, WARM_UP, Watch, device
+from step_peers import RANK, rows_of, run_trl, run_unsloth
+from step_watch import WARM_UP, Watch, device
 
-RANK, SAME_LOSS = 16, 0.02
-
-
-def made(case: Case, attention: str | None) -> Any:
-    """The model with its weights on the GPU, the same for every contender."""
-    import torch
-    import transformers
-
-    config = getattr(transformers, case.config)(**case.fields, dtype="bfloat16")
-    if attention == "flash_attention_4":
-        importlib.import_module("flash_attn.cute")  # Not under the meta device, which tensors of its own would be on.
-    with torch.device("meta"):
-        module = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, **({"attn_implementation": attention} if attention else {})
-        )
-    return filled(module)
-
-
-def rows_of(case: Case) -> list[list[int]]:
-    import torch
-
-    vocabulary = case.fields.get("vocab_size", 201088)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, vocabulary, (case.rows * STEPS, case.length), generator=generator)
-    return ids.tolist()  # type: ignore[no-any-return]
-
-
-def run_trl(case: Case, attention: str, watch: Watch) -> None:
-    """TRL's SFTTrainer with Liger kernels and gradient checkpointing; without a GPU its own kernels and attention."""
-    from datasets import Dataset
-    from datasets.table import InMemoryTable
-    from peft import LoraConfig
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
-
-    class Clock(TrainerCallback):  # type: ignore[misc]
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            watch.stepped()
-
-        def on_log(self, *_: Any, logs: Mapping[str, float], **__: Any) -> None:
-            watch.loss = float(logs.get("loss", watch.loss))
-
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, unk_token="<unk>"))
-    names = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **names)
-    tokenizer.chat_template = "{{ messages }}"
-    arguments = SFTConfig(
-        output_dir=tempfile.mkdtemp(),
-        max_steps=watch.steps,
-        per_device_train_batch_size=case.rows,
-        gradient_checkpointing=True,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        bf16=True,
-        max_length=case.length,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        report_to=[],
-        save_strategy="no",
-        logging_steps=1,
-        use_liger_kernel=device() == "cuda",
-        use_cpu=device() == "cpu",
-        optim="adamw_torch_fused",
-        learning_rate=1e-4,
-        router_aux_loss_coef=0.0,
-        train_sampling_strategy="sequential",
-    )
-    trainer = SFTTrainer(
-        model=made(case, attention if device() == "cuda" else None),
-        args=arguments,
-        train_dataset=Dataset(InMemoryTable.from_pydict({"input_ids": rows_of(case)}), fingerprint="synthetic"),
-        processing_class=tokenizer,
-        peft_config=LoraConfig(r=RANK, lora_alpha=2 * RANK, **case.lora),
-        callbacks=[Clock()],
-    )
-    watch.trains(trainer.model)
-    trainer.train()
+SAME_LOSS = 0.02
 
 
 class Synthetic:
@@ -224,7 +151,7 @@ def run_pegbox(case: Case, sections: Mapping[str, Mapping[str, Any]], watch: Wat
 
 
 def contenders(case: Case) -> dict[str, Callable[[Watch], None]]:
-    """By name: everything on, one plugin less each, nothing; TRL with each attention that fits."""
+    """By name: everything on, one plugin less each; TRL with each attention that fits; Unsloth if it is there."""
     every = dict(case.ours)
     ours: dict[str, dict[str, Mapping[str, Any]]] = {"pegbox": every}
     ours["pegbox, full recompute"] = {**every, "activations": {"policy": "full"}}
@@ -240,6 +167,8 @@ def contenders(case: Case) -> dict[str, Callable[[Watch], None]]:
     }
     for attention in ("flash_attention_4", *(() if sinks else ("sdpa",))):
         found[f"trl + liger + {attention}"] = lambda watch, attention=attention: run_trl(case, attention, watch)  # type: ignore[misc]
+    if not sinks and find_spec("unsloth"):
+        found["unsloth"] = lambda watch: run_unsloth(case, watch)
     return found
 
 

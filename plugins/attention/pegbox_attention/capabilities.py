@@ -29,7 +29,7 @@ class Capability:
     Attributes:
         name: in transformers.
         packing: how documents of one row are kept apart: by their `borders`, or by a `mask` over every pair of tokens
-            (`sdpa` on CUDA in half precision: by borders).
+            (`sdpa` on a CPU, and on CUDA in half precision: by borders).
         devices: where it trains: `cpu`, `amd`, or the first GPU of a generation; None: anywhere.
         dtypes: arithmetic it computes in.
         head_dims: least and greatest size of a head, and what it is a multiple of.

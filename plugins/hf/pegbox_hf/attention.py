@@ -6,18 +6,20 @@ mask torch cannot take its fastest kernel. An implementation that is registered 
 none (transformers' `AttentionInterface`); it is torch's own, chosen for the length of one forward, so that generation,
 which pads on the left, keeps its masks.
 
-Packed rows on a GPU in half precision go further: torch's variable-length attention computes only inside documents,
-from their borders (flash attention, Dao 2023, arXiv:2307.08691). With the dense mask that torch's usual attention would
-need, it computes every pair of tokens of a row, and in transformers the host waits for the device to learn whether a
-row is packed. The implementation stays the network's one from the first packed batch on, because layers that are
-computed again in the backward ask for it there; without borders it is torch's usual one, with its masks.
+Packed rows go further, on a GPU in half precision and on a CPU: attention is computed only inside documents, from their
+borders; on a GPU by torch's variable-length attention (flash attention, Dao 2023, arXiv:2307.08691), on a CPU one
+document after the other. With the dense mask that torch's usual attention would need, it computes every pair of tokens
+of a row, and in transformers the host waits for the device to learn whether a row is packed. The implementation stays
+the network's one from the first packed batch on, because layers that are computed again in the backward ask for it
+there; without borders it is torch's usual one, with its masks.
 
 An attention that a plugin brings may do without masks too, and in more layers than torch's. Its function, as registered
 in `AttentionInterface`, then has the attribute `maskless`: a set of what it computes without one, of `documents` (from
 their borders, `cu_seq_lens_q` and `max_length_q`), `sliding_window` (from the argument of that name) and
 `chunked_attention`. In a mask's place it gets one element, and plain rows are causal for it.
 
-    B  rows    T  tokens    A  heads    K  heads of keys    D  size of a head    S  document borders
+    B  rows    T  tokens    A  heads    K  heads of keys    D  size of a head    N  B * T
+    S  document borders
 """
 
 from __future__ import annotations
@@ -25,11 +27,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from inspect import signature
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -79,14 +82,28 @@ def document_attention(
     if cu_seq_lens_q is None or max_length_q is None:
         attend = sdpa_attention_forward
         return attend(module, query_BATD, key_BKTD, value_BKTD, attention_mask, scaling=scaling, **more)
+    rows, _, tokens, _ = query_BATD.shape
+    flat = [part.transpose(1, 2).flatten(0, 1) for part in (query_BATD, key_BKTD, value_BKTD)]
+    if query_BATD.device.type == "cpu":
+        return _one_by_one(*flat, cu_seq_lens_q, scaling).unflatten(0, (rows, tokens)), None
     from torch.nn.attention.varlen import varlen_attn
 
-    rows, _, tokens, _ = query_BATD.shape
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else value_BKTD.dtype
-    flat = (part.transpose(1, 2).flatten(0, 1).to(dtype) for part in (query_BATD, key_BKTD, value_BKTD))
     borders, longest = (cu_seq_lens_q, cu_seq_lens_q), (max_length_q, max_length_q)
-    attended = varlen_attn(*flat, *borders, *longest, scale=scaling, **_varlen_options())
+    halves = (part.to(dtype) for part in flat)
+    attended = varlen_attn(*halves, *borders, *longest, scale=scaling, **_varlen_options())
     return attended.unflatten(0, (rows, tokens)), None
+
+
+@torch.compiler.disable
+def _one_by_one(
+    query_NAD: Tensor, key_NKD: Tensor, value_NKD: Tensor, borders_S: Tensor, scale: float | None
+) -> Tensor:
+    """Attended values `_NAD` of N tokens, a document at a time; on a CPU nothing waits for its lengths."""
+    lengths = [length for length in borders_S.diff().tolist() if length]
+    heads = (part.transpose(0, 1).unsqueeze(0).split(lengths, dim=2) for part in (query_NAD, key_NKD, value_NKD))
+    attend = partial(scaled_dot_product_attention, is_causal=True, scale=scale, enable_gqa=True)
+    return torch.cat([attend(*document) for document in zip(*heads, strict=True)], dim=2).squeeze(0).transpose(0, 1)
 
 
 @cache
@@ -115,7 +132,7 @@ class AttentionFacts:
     Attributes:
         needs: what a layer has that causality over the whole row is not enough for; empty: it is.
         chunk: tokens that layers with chunked attention see at once, counted from the start of a row.
-        borders: packed rows on a GPU in half precision can be attended to by the borders of documents.
+        borders: packed rows can be attended to by the borders of documents, wherever it is faster.
         packing_proven: documents of one row were seen not to touch each other, with the attention of this name.
         own_masks: packed rows need masks made by us: the network does not make them from positions.
     """
@@ -141,9 +158,8 @@ def facts_of(network: PreTrainedModel) -> AttentionFacts:
         needs |= frozenset() if "causal" in traits else {"both_sides"}
         needs |= {"mixing_layers"} if mixing_layers(network) else frozenset()
         chunk = getattr(network.config.get_text_config(), "attention_chunk_size", None)
-        known = AttentionFacts(
-            needs, chunk if "chunked_attention" in traits else None, not needs and _borders_suffice(network)
-        )
+        borders = not needs and _borders_suffice(network)
+        known = AttentionFacts(needs, chunk if "chunked_attention" in traits else None, borders)
         setattr(network, FACTS, known)
     return known
 
@@ -165,12 +181,10 @@ def needs_no_mask(network: PreTrainedModel, batch: Batch) -> bool:
 
 def attend_by_borders(network: PreTrainedModel, batch: Batch) -> None:
     """Let a network that takes torch's attention take it by documents, where it can: for good, see above."""
-    if network.config._attn_implementation != "sdpa" or batch.input_ids_BT.device.type != "cuda":
+    if network.config._attn_implementation != "sdpa" or not facts_of(network).borders:
         return
-    autocast = torch.is_autocast_enabled("cuda")
-    dtype = torch.get_autocast_dtype("cuda") if autocast else network.dtype
-    flash = torch.cuda.get_device_capability(batch.input_ids_BT.device) >= FLASH_CAPABILITY
-    if flash and dtype in HALF and facts_of(network).borders:
+    device = batch.input_ids_BT.device
+    if device.type == "cpu" or (device.type == "cuda" and _flash_takes(network, device)):
         network.config._attn_implementation = DOCUMENTS
 
 
@@ -180,13 +194,19 @@ def no_mask(batch: Batch) -> Tensor:
 
 
 def _borders_suffice(network: PreTrainedModel) -> bool:
-    """Whether torch's variable-length attention computes what this network's attention does."""
+    """Whether plain causal attention inside documents is what this network's attention computes."""
+    config = network.config.get_text_config()
+    plain = not traits_of_config(config) & {"latent_attention", "attention_softcap"}
+    return plain and not any(getattr(config, name, None) for name in DROPOUTS)
+
+
+def _flash_takes(network: PreTrainedModel, device: torch.device) -> bool:
+    """Whether torch's variable-length attention runs there, in this arithmetic and with heads of this size."""
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else network.dtype
     config = network.config.get_text_config()
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    fits = size % 8 == 0 and size <= LARGEST_HEAD
-    plain = not traits_of_config(config) & {"latent_attention", "attention_softcap"}
-    dropout = any(getattr(config, name, None) for name in DROPOUTS)
-    return fits and plain and not dropout and bool(_varlen_options())
+    fits = dtype in HALF and size % 8 == 0 and size <= LARGEST_HEAD and bool(_varlen_options())
+    return fits and torch.cuda.get_device_capability(device) >= FLASH_CAPABILITY
 
 
 @contextmanager
