@@ -33,13 +33,20 @@ Reached = tuple[float, float]
 
 @dataclass(frozen=True)
 class Shape:
-    """What a step takes: completions are `prompts * samples`, of at most `tokens` tokens."""
+    """What a step takes: completions are `prompts * samples`, of at most `tokens` tokens; and where it is taken."""
 
     prompts: int
     samples: int
     tokens: int
     steps: int
     micro_batch: int
+    device: str = "cpu"
+    precision: str = "fp32"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base's weights; adapters are in float32."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
 
 @dataclass
@@ -58,6 +65,7 @@ class Watch:
     reached: list[Reached] = field(default_factory=list)
     completions: list[list[tuple[int, ...]]] = field(default_factory=list)
     prompts: list[list[int]] = field(default_factory=list)
+    peak_bytes: int = 0
     last: float = 0.0
     scored_at: float = 0.0
 
@@ -84,8 +92,8 @@ class Watch:
 
 
 def reward_of(completion: Sequence[int]) -> float:
-    """The share of different tokens, less a little for each token."""
-    return len(set(completion)) / len(completion) - 0.01 * len(completion)
+    """The share of different tokens, less a little for each token, and what few completions share."""
+    return len(set(completion)) / len(completion) - 0.01 * len(completion) + sum(completion) % 17 / 170
 
 
 def prompt_ids(folder: Path, count: int) -> tuple[list[str], list[list[int]]]:
@@ -136,7 +144,7 @@ def run_trl(shape: Shape, folder: Path, checkpointing: bool, watch: Watch) -> No
     texts, _ = prompt_ids(folder, shape.prompts)
     with tempfile.TemporaryDirectory() as output:
         trainer = Timed(
-            model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+            model=AutoModelForCausalLM.from_pretrained(folder, dtype=shape.dtype),
             reward_funcs=reward,
             processing_class=AutoTokenizer.from_pretrained(folder),
             train_dataset=Dataset.from_list([{"prompt": text} for text in texts]),
@@ -169,8 +177,8 @@ def _trl_settings(shape: Shape, output: str, checkpointing: bool) -> Any:
         logging_steps=1,
         save_strategy="no",
         report_to=[],
-        use_cpu=True,
-        bf16=False,
+        use_cpu=shape.device == "cpu",
+        bf16=shape.precision == "bf16",
         disable_tqdm=True,
     )
 
@@ -275,7 +283,14 @@ class Replay:
         return RolloutBatch(rollouts=tuple(made), samples=request.samples)
 
 
-def run_pegbox(shape: Shape, folder: Path, replayed: Sequence[Sequence[tuple[int, ...]]] | None, watch: Watch) -> None:
+def run_pegbox(
+    shape: Shape,
+    folder: Path,
+    replayed: Sequence[Sequence[tuple[int, ...]]] | None,
+    watch: Watch,
+    *,
+    continuous: bool = False,
+) -> None:
     """Our run, with its own engine or the completions of another."""
     from pegbox.plan import compose
     from pegbox.run import execute
@@ -287,10 +302,11 @@ def run_pegbox(shape: Shape, folder: Path, replayed: Sequence[Sequence[tuple[int
         instances["replay"] = Replay(replayed)
     with tempfile.TemporaryDirectory() as output, suppress(Measured):
         config = {
-            "model": {"name": str(folder), "dtype": "float32"},
+            "model": {"name": str(folder), "dtype": str(shape.dtype).removeprefix("torch.")},
             "plugins": ["hf", "asked", "lora", "grpo", engine, "adamw", "trainer"],
             "output": str(Path(output) / "run"),
             "lora": {"r": RANK, "alpha": 2 * RANK, "targets": "all-linear"},
+            **({"rollout-hf": {"continuous": "on"}} if continuous else {}),
             "grpo": {
                 "samples": shape.samples,
                 "max_completion_length": shape.tokens,
@@ -303,8 +319,8 @@ def run_pegbox(shape: Shape, folder: Path, replayed: Sequence[Sequence[tuple[int
                 "max_steps": shape.steps,
                 "batch": shape.prompts,
                 "micro_batch": shape.micro_batch,
-                "precision": "fp32",
-                "device": "cpu",
+                "precision": shape.precision,
+                "device": shape.device,
                 "shuffle": False,
                 "max_grad_norm": 1.0,
                 "log_every": 1,

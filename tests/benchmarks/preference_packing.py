@@ -11,10 +11,9 @@ counts, in tokens that the pairs really have.
 
 `packed` and `padded` are the same run with and without the plugin `packing`. A padded micro-batch has 8 pairs, TRL's
 default, which the trainer chose by length among those of the step: so much padding is gone before anything is packed.
-A packed one is a bin, which on a GPU holds about as many. `trl` has micro-batches of 8 in the order of the data. No
-contender recomputes activations. On a GPU ours have the plugins `attention` and `cce`, and TRL torch's attention; on a
-CPU all have torch's, which takes dense masks for packed rows: time grows with the square of a bin, so bins are short
-there. `padding` is the share of computed tokens that no pair has.
+A packed one is a bin, which on a GPU takes no more memory. `trl` has micro-batches of 8 in the order of the data. No
+contender recomputes activations. On a GPU ours have the plugins `attention`, `cce` and `lora-kernels`, and TRL torch's
+attention; on a CPU all have torch's. `padding` is the share of computed tokens that no pair has.
 """
 
 from __future__ import annotations

@@ -99,6 +99,7 @@ def train(model: Any, adapter: Any, case: Case, watch: Watch, **settings: Any) -
         output_dir=tempfile.mkdtemp(),
         max_steps=watch.steps,
         per_device_train_batch_size=case.rows,
+        gradient_accumulation_steps=1,  # Unsloth takes 2 where nothing is said.
         bf16=True,
         max_length=case.length,
         dataset_kwargs={"skip_prepare_dataset": True},

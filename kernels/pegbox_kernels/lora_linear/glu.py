@@ -13,6 +13,7 @@ from torch import Tensor
 from pegbox_kernels import dispatch
 from pegbox_kernels.lora_linear import reference
 from pegbox_kernels.lora_linear.reference import GluGradients
+from pegbox_kernels.operators import operator
 
 _INPUTS = "Tensor gate, Tensor up, Tensor p, Tensor b_gate, Tensor b_up"
 _NUMBERS = "float scale_gate, float scale_up, str activation"
@@ -23,13 +24,7 @@ def _runs_kernels(tensor: Tensor) -> bool:
     return tensor.dtype in DTYPES and dispatch.runs_kernels(tensor)
 
 
-@torch.library.custom_op(
-    "pegbox_kernels::lora_glu",
-    mutates_args=(),
-    schema=f"({_INPUTS}, Tensor a_down, {_NUMBERS}) -> (Tensor, Tensor)",
-)
-def glu(gate, up, p, b_gate, b_up, a_down, scale_gate, scale_up, activation):  # type: ignore[no-untyped-def]
-    """h (T, I), which is `reference.glu`, and h A_down^T (T, r_down)."""
+def _glu(gate, up, p, b_gate, b_up, a_down, scale_gate, scale_up, activation):  # type: ignore[no-untyped-def]
     if _runs_kernels(gate):
         from pegbox_kernels.lora_linear import triton as kernels
 
@@ -38,21 +33,18 @@ def glu(gate, up, p, b_gate, b_up, a_down, scale_gate, scale_up, activation):  #
     return h, h @ a_down.T
 
 
-@glu.register_fake
-def _(gate, up, p, b_gate, b_up, a_down, *_):  # type: ignore[no-untyped-def]
+def _fake_glu(gate, up, p, b_gate, b_up, a_down, *_):  # type: ignore[no-untyped-def]
     def made(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=gate.dtype, device=gate.device)
 
     return made(*gate.shape), made(gate.shape[0], a_down.shape[0])
 
 
-@torch.library.custom_op(
-    "pegbox_kernels::lora_glu_backward_",
-    mutates_args=("dh",),
-    schema=f"(Tensor(a!) dh, {_INPUTS}, Tensor dp_down, Tensor a_down, {_NUMBERS}, bool with_h) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _backward(  # type: ignore[no-untyped-def]
+glu = operator("lora_glu", _glu, _fake_glu, schema=f"({_INPUTS}, Tensor a_down, {_NUMBERS}) -> (Tensor, Tensor)")
+"""h (T, I), which is `reference.glu`, and h A_down^T (T, r_down)."""
+
+
+def _gradients(  # type: ignore[no-untyped-def]
     dh, gate, up, p, b_gate, b_up, dp_down, a_down, scale_gate, scale_up, activation, with_h
 ):
     arguments = (dh, gate, up, p, b_gate, b_up, dp_down, a_down, scale_gate, scale_up, activation)
@@ -66,8 +58,7 @@ def _backward(  # type: ignore[no-untyped-def]
     return found.up, h, found.p, found.b_gate.contiguous(), found.b_up.contiguous(), found.a_down.contiguous()
 
 
-@_backward.register_fake
-def _(dh, gate, up, p, b_gate, b_up, dp_down, a_down, scale_gate, scale_up, activation, with_h):  # type: ignore[no-untyped-def]
+def _fake_gradients(dh, gate, up, p, b_gate, b_up, dp_down, a_down, scale_gate, scale_up, activation, with_h):  # type: ignore[no-untyped-def]
     wide = torch.float64 if gate.dtype == torch.float64 else torch.float32
 
     def made(like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -75,6 +66,16 @@ def _(dh, gate, up, p, b_gate, b_up, dp_down, a_down, scale_gate, scale_up, acti
 
     h = made(gate, gate.dtype) if with_h else torch.empty(0, dtype=gate.dtype, device=gate.device)
     return made(gate, gate.dtype), h, made(p, p.dtype), made(b_gate, wide), made(b_up, wide), made(a_down, wide)
+
+
+_backward = operator(
+    "lora_glu_backward_",
+    _gradients,
+    _fake_gradients,
+    schema=f"(Tensor(a!) dh, {_INPUTS}, Tensor dp_down, Tensor a_down, {_NUMBERS}, bool with_h) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    mutates=("dh",),
+)
 
 
 def glu_backward(

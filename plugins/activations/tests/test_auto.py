@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -350,7 +351,7 @@ def test_without_a_device_to_ask_a_limit_is_needed(tmp_path: Path) -> None:
 
 def test_compiled_layers_are_refused(tmp_path: Path) -> None:
     run = Run(tmp_path, policy="auto", memory_gib=ROOMY)
-    record = ModulePatch(slot="compile", target="layers.*", replace=lambda module: lambda *a: a, reason="compiled")
+    record = ModulePatch(slot="compile", target="layers.*", replace=lambda m: partial(m.forward), reason="compiled")
     run.ctx.kernel.patches.apply(run.model, [("some-compiler", [record])])
     job: Any = None
     with pytest.raises(ConfigError, match="'some-compiler' compiles layers"):

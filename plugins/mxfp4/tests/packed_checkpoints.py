@@ -91,7 +91,7 @@ def prepared(ctx: Context, meta: bool = False) -> Model:
     with torch.no_grad():
         for name, parameter in model.module.named_parameters():
             if "lora_" in name and not meta:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=random))
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=random).to(parameter.device))
     for stage in ("adapted", "recompute"):
         patches.apply(model, ctx.each(hooks.patch_modules, ctx, model, stage))
     model.module.train()
@@ -108,5 +108,5 @@ def gradients(model: Model, batch: Batch) -> dict[str, torch.Tensor]:
     """Gradients of a weighted sum of log-probabilities, by name."""
     model.module.zero_grad()
     values = logps(model, batch)
-    (values * torch.linspace(0.5, 1.5, len(values))).sum().backward()
+    (values * torch.linspace(0.5, 1.5, len(values), device=values.device)).sum().backward()
     return {name: p.grad.clone() for name, p in model.module.named_parameters() if p.grad is not None}

@@ -98,7 +98,7 @@ def assembled(kind: str, plugins: list[str], **sections: Any) -> tuple[Model, Pa
         with torch.no_grad():
             for name, parameter in model.module.named_parameters():
                 if "lora_" in name:
-                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=random))
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=random).to(parameter.device))
     for stage in ("adapted", "recompute"):
         log.apply(model, ctx.each(hooks.patch_modules, ctx, model, stage))
     model.module.train()
@@ -115,5 +115,5 @@ def gradients(model: Model, batch: Batch) -> dict[str, torch.Tensor]:
     """Gradients of a weighted sum of log-probabilities, by name."""
     model.module.zero_grad()
     values = logps(model, batch)
-    (values * torch.linspace(0.5, 1.5, len(values))).sum().backward()
+    (values * torch.linspace(0.5, 1.5, len(values), device=values.device)).sum().backward()
     return {name: p.grad.clone() for name, p in model.module.named_parameters() if p.grad is not None}
