@@ -20,8 +20,8 @@ class Setting:
         length: tokens of a bin; `bins` of them are a micro-batch.
         shorter: what lengths of prompts and answers are divided by.
         pairs: of a step; `micro_batch` of them are padded together.
-        same_loss: how far losses may be apart. bf16 rounds sums of hundreds of log-probabilities; in fp32 on a GPU losses
-            of packed and padded pairs are 2e-5 apart (four layers of this model).
+        same_loss: how far losses may be apart. bf16 rounds sums of hundreds of log-probabilities; in fp32 on a GPU
+            losses of packed and padded pairs are 2e-5 apart (four layers of this model).
     """
 
     model: Mapping[str, Any]
