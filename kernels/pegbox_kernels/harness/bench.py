@@ -4,12 +4,13 @@
     python -m pegbox_kernels.harness.bench all
     python -m pegbox_kernels.harness.bench logprob --sweep    # launch settings around the default
 
-Times are medians (with the 20th and 80th percentile) of `triton.testing.do_bench`, which clears the cache
-between runs. GB/s and TFLOP/s count the bytes and operations that the workload needs at least, whoever spends more. The
-limit is the longer of two times: those bytes at the speed of a large device-to-device copy, those operations at the
-speed of a large bf16 matrix product, both measured in the same run. Peak bytes are above what was allocated before the
-call, the gradient included. Peers that are not installed are missing from the table; when `--limit-s` has
-passed, no further peer is started, and it is listed as skipped.
+Times are medians (with the 20th and 80th percentile) of `triton.testing.do_bench`, which clears the cache between
+runs. Launching an operation of less than `SHORT_MS` may take the host longer than computing it takes the GPU; its time
+as a captured graph, which leaves the host out, then stands beside. GB/s and TFLOP/s count the bytes and operations that
+the workload needs at least, whoever spends more. The limit is the longer of two times: those bytes at the speed of a
+large device-to-device copy, those operations at the speed of a large bf16 matrix product, both measured in the same
+run. Peak bytes are above what was allocated before the call, the gradient included. Peers that are not installed are
+missing from the table; when `--limit-s` has passed, no further peer is started, and it is listed as skipped.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ PACKAGE = Path(__file__).resolve().parents[2]
 DEVICE = torch.device("cuda")
 COPY_BYTES = 2**31
 PRODUCT_SIZE = 8192
+SHORT_MS = 2.0
 ALL, OURS, IN_PLACE = "all", "pegbox", "in place"
 
 
@@ -93,6 +95,7 @@ class Measurement:
     tflop_per_s: float | None = None
     limit_ms: float | None = None
     percent_of_limit: float | None = None
+    graph_ms: float | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sweep", action="store_true", help="time launch settings instead, and write nothing")
     parser.add_argument("--results", type=Path, help="folder of the CSV (benchmarks/results/<gpu> of the checkout)")
     parser.add_argument("--only", default="", help="measure workloads whose name contains this")
+    parser.add_argument("--peers", nargs="*", metavar="WORD", help="only peers whose name begins with one of these")
     parser.add_argument("--limit-s", type=float, default=130.0, help="seconds per operation for starting peers")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -128,13 +132,16 @@ def _bench(spec: OpSpec, machine: Machine, limits: Limits, options: argparse.Nam
         sweep(spec, workloads[:2], limits)
         return 0
 
+    def takes_part(name: str) -> bool:
+        return options.peers is None or name.startswith((OURS, *options.peers))
+
     def left() -> bool:
         return time.monotonic() - started < options.limit_s
 
     measured = []
     for workload in workloads:
         print(f"\n{spec.name}: {workload.name}")
-        for measurement in measure(spec, workload, limits, left):
+        for measurement in measure(spec, workload, limits, takes_part, left):
             measured.append(measurement)
             print(_row(measurement), flush=True)
     folder = options.results or PACKAGE / "benchmarks" / "results" / machine.gpu.lower().replace(" ", "-")
@@ -176,9 +183,11 @@ def product_speed() -> float:
     return 2 * PRODUCT_SIZE**3 / do_bench(lambda: one @ one, return_mode="median") / 1e9
 
 
-def measure(spec: OpSpec, workload: Workload, limits: Limits, left: Callable[[], bool]) -> Iterator[Measurement]:
+def measure(
+    spec: OpSpec, workload: Workload, limits: Limits, takes_part: Callable[[str], bool], left: Callable[[], bool]
+) -> Iterator[Measurement]:
     """Each contender, forward and forward with backward, on inputs made for it (some overwrite them)."""
-    names = list(spec.contenders(workload.make(workload.dtype, DEVICE)))
+    names = list(filter(takes_part, spec.contenders(workload.make(workload.dtype, DEVICE))))
     passes = {
         "forward": (_forward, workload.forward),
         "forward + backward": (_forward_backward, _sum(workload.forward, workload.backward)),
@@ -262,6 +271,7 @@ def _timed(row: Measurement, call: Callable[[], object], cost: Cost, limits: Lim
     peak_bytes = torch.cuda.max_memory_allocated() - before
     median_ms, p20_ms, p80_ms = do_bench(call, warmup=25, rep=100, quantiles=[0.5, 0.2, 0.8])
     limit_ms = limits.least_ms(cost)
+    graph_ms = captured(call) if median_ms < SHORT_MS else None
     return replace(
         row,
         median_ms=median_ms,
@@ -272,7 +282,28 @@ def _timed(row: Measurement, call: Callable[[], object], cost: Cost, limits: Lim
         tflop_per_s=cost.flops / median_ms / 1e9,
         limit_ms=limit_ms,
         percent_of_limit=100 * limit_ms / median_ms,
+        graph_ms=graph_ms,
     )
+
+
+def captured(call: Callable[[], object]) -> float | None:
+    """Median milliseconds of replaying the call as a CUDA graph; None if it cannot be captured."""
+    from triton.testing import do_bench
+
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                call()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph, stream=stream):
+                call()
+        torch.cuda.synchronize()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return do_bench(graph.replay, warmup=25, rep=100, return_mode="median")  # type: ignore[no-any-return]
 
 
 def _row(m: Measurement) -> str:
@@ -280,7 +311,8 @@ def _row(m: Measurement) -> str:
     if m.median_ms is None or m.peak_bytes is None:
         return f"{head} {m.status}"
     return (
-        f"{head} {m.median_ms:8.3f} ms ({m.p20_ms:.3f} to {m.p80_ms:.3f}) {m.peak_bytes / 2**20:9.1f} MiB"
+        f"{head} {m.median_ms:8.3f} ms ({m.p20_ms:.3f} to {m.p80_ms:.3f})"
+        f"{f', {m.graph_ms:.3f} as a graph' if m.graph_ms else '':22} {m.peak_bytes / 2**20:9.1f} MiB"
         f" {m.gb_per_s:6.0f} GB/s {m.tflop_per_s:6.1f} TFLOP/s {m.percent_of_limit:5.1f} % of the limit"
     )
 
