@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from pegbox import hooks
 from pegbox.context import Context
 from pegbox.merging import merge_options
-from pegbox.types import Model, ModelRequest, Role
+from pegbox.types import Model, ModelRequest
 
 
 def model_request(ctx: Context, *, meta: bool = False) -> ModelRequest:
@@ -27,10 +25,3 @@ def prepare_model(ctx: Context, request: ModelRequest) -> Model:
     for stage in ("adapted", "recompute", "compile"):
         patches.apply(model, ctx.each(hooks.patch_modules, ctx, model, stage))
     return model if request.meta else ctx.call(hooks.place_model, ctx, model)
-
-
-def open_frozen_model(ctx: Context, role: Role, request: ModelRequest) -> Model:
-    """Load, patch and place a second model whose parameters are not trained."""
-    model = prepare_model(ctx, replace(request, role=role))
-    model.module.requires_grad_(False).eval()
-    return model

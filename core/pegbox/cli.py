@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from pegbox.discovery import discover
+from pegbox.discovery import discover, only
 from pegbox.errors import PegboxError, fail
 
 
@@ -34,9 +34,9 @@ class Commands(TyperGroup):
         found = None if own else discover("pegbox.commands").get(cmd_name)
         if not found:
             return own
-        entry, (module, _, attribute) = found[0], found[0].value.partition(":")
+        entry = only(cmd_name, found, "command")
         try:
-            command = getattr(import_module(module), attribute)
+            command = resolve_name(entry.value)
             if not isinstance(command, typer.Typer):
                 command, function = typer.Typer(**PLAIN), command
                 command.command(cmd_name)(function)

@@ -7,21 +7,21 @@ type.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from pegbox.discovery import Installed
 from pegbox.errors import PegboxError, did_you_mean, fail
-from pegbox.section import Section, setting
+from pegbox.record import Record
+from pegbox.section import S, Section, setting
 from pegbox.source import KeyPath, Layer, dotted, leaves
 
-S = TypeVar("S", bound=Section)
 Weight = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -42,6 +42,7 @@ class RunSection(Section):
     model: ModelSection = setting(..., "The model that the run starts from.")
     plugins: tuple[str, ...] = setting((), "Active plugins, by name or as ./file.py; their order is the call order.")
     output: str = setting("runs/default", "Folder of the run; relative to the current folder.", min_length=1)
+    paths_from: str | None = setting(None, "Folder where relative paths of inputs start; unset: the config's own.")
     seed: int = setting(0, "Seed of all randomness of the run.", ge=0)
     resume: str | None = setting(None, "`auto` goes on from the latest checkpoint in `output`; or a checkpoint's name.")
     use: dict[str, str] = setting({}, "Which plugin owns a hook when several could: `{hook: plugin}`.")
@@ -52,14 +53,13 @@ class RunSection(Section):
 CORE_KEYS = tuple(RunSection.model_fields)
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(Record):
     """The resolved config of one run.
 
     Attributes:
         run: the core's keys.
         sections: the validated section of each active plugin that has one, by plugin name.
-        folder: where relative paths of input files in the config start: the folder of the config file.
+        folder: where relative paths of input files in the config start: `paths_from`, or the config file's folder.
     """
 
     run: RunSection
@@ -83,25 +83,22 @@ class Config:
         sections = {name: section.model_dump(mode="json") for name, section in self.sections.items()}
         return {**self.run.model_dump(mode="json"), **sections}
 
+    def record(self, folder: Path) -> dict[str, Any]:
+        """Plain data that gives the same run when read from a file in `folder`, wherever that is done."""
+        return {**self.resolved(), "paths_from": os.path.relpath(self.folder.resolve(), folder.resolve())}
+
     def origins(self) -> Iterator[tuple[str, Any, str]]:
         """Every resolved key with its value and where it came from, in order."""
         for path, value in leaves((), self.resolved()):
             yield dotted(path), value, self.layer.origins.get(path, "default")
 
 
-def read_run_section(layer: Layer) -> RunSection:
-    """Validate the core's keys of a config."""
-    return validate(RunSection, {key: layer.data[key] for key in CORE_KEYS if key in layer.data}, layer, ())
-
-
 def read_sections(
     layer: Layer, schemas: Mapping[str, type[Section]], active: list[str], installed: Mapping[str, list[Installed]]
 ) -> dict[str, Section]:
     """Validate every plugin's section; a key that is neither the core's nor an active plugin's is an error."""
-    for key in layer.data:
+    for key in (key for key in layer.data if key not in (*CORE_KEYS, *schemas)):
         origin = layer.origin((key,))
-        if key in CORE_KEYS or key in schemas:
-            continue
         if key in active or key in installed:
             raise fail("section-of-none" if key in active else "section-inactive", key=key, origin=origin)
         hint = did_you_mean(key, [*CORE_KEYS, *installed], "Known:")

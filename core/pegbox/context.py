@@ -12,30 +12,26 @@ import logging
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, NoReturn, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Literal, NoReturn
 
 from pegbox.errors import fail
 from pegbox.events import Event, Signal
-from pegbox.record import Stateful
+from pegbox.record import P, R, Record, Stateful
+from pegbox.section import S
 from pegbox.types import Item, Model, ModelRequest, Processor, Role, Runtime
 
 if TYPE_CHECKING:
     from pegbox.config import Config
     from pegbox.kernel import Kernel
     from pegbox.plan import Plan
-    from pegbox.section import Section
 
-P = ParamSpec("P")
-R = TypeVar("R")
-S = TypeVar("S", bound="Section")
 Phase = Literal["generate", "learn"]
 SET_BY = {"runtime": "build_runtime", "processor": "load_processor", "total_steps": "build_batches"}
 
 
-@dataclass(frozen=True)
-class Rng:
+class Rng(Record):
     """A counter-based random source: the seed of (run seed, name, step), the same on every process.
 
     Feed `seed` to `torch.Generator().manual_seed` or numpy's Philox; `python()` gives the standard library's generator.
@@ -107,7 +103,7 @@ class Context:
     def rng(self, name: str, step: int = 0) -> Rng:
         """Randomness for one purpose and step; enabling a plugin never shifts another one's."""
         digest = hashlib.blake2b(f"{self.config.run.seed}/{name}/{step}".encode(), digest_size=8).digest()
-        return Rng(int.from_bytes(digest, "big") >> 1)
+        return Rng(seed=int.from_bytes(digest, "big") >> 1)
 
     def register_state(self, key: str, state: Stateful) -> None:
         """Have checkpoints save and restore `state` as `key` (`<plugin>/<name>`)."""
@@ -116,9 +112,11 @@ class Context:
 
     def open_model(self, role: Role, request: ModelRequest) -> Model:
         """Load, patch and place a frozen second model (reference, reward, teacher, feature network)."""
-        from pegbox.assembly import open_frozen_model
+        from pegbox.assembly import prepare_model
 
-        return open_frozen_model(self, role, request)
+        model = prepare_model(self, replace(request, role=role))
+        model.module.requires_grad_(False).eval()
+        return model
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:

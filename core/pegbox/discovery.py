@@ -6,12 +6,13 @@ An installed plugin is an entry point in the group `pegbox`; a local one is a `.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from operator import eq, ge, gt, le, lt, ne
@@ -27,13 +28,17 @@ LOCAL_CLASS = "Plugin"
 
 @dataclass(frozen=True)
 class Installed:
-    """One plugin that could be activated: its name, the object it names, and the distribution that brings it."""
+    """One plugin that could be activated: its name, the object it names, and the distribution that brings it.
+
+    `content` tells the source of a local plugin apart from any other.
+    """
 
     name: str
     value: str
     distribution: str
     version: str = ""
     requires: tuple[str, ...] = ()
+    content: str = ""
 
     def __str__(self) -> str:
         return f"{self.distribution} {self.version}".strip()
@@ -78,18 +83,12 @@ def _text(path: str) -> str:
 
 def load(name: str, installed: Mapping[str, list[Installed]], folder: Path) -> tuple[Installed, object]:
     """Import one listed plugin and make its instance."""
-    local = name.endswith(".py")
-    if local:
+    if local := name.endswith(".py"):
         plugin = _local(name, folder)
+    elif name not in installed:
+        raise fail("plugin-missing", name=name, hint=did_you_mean(name, installed, "Installed:"))
     else:
-        candidates = installed.get(name, [])
-        if not candidates:
-            raise fail("plugin-missing", name=name, hint=did_you_mean(name, installed, "Installed:"))
-        if len(candidates) > 1:
-            both = " and ".join(map(str, candidates))
-            raise fail("plugin-ambiguous", name=name, both=both, last=candidates[-1].distribution)
-        plugin = candidates[0]
-        check_api(plugin)
+        check_api(plugin := only(name, installed[name]))
     module_name, _, attribute = plugin.value.partition(":")
     try:
         module = _import_file(folder / name, module_name) if local else importlib.import_module(module_name)
@@ -105,12 +104,21 @@ def load(name: str, installed: Mapping[str, list[Installed]], folder: Path) -> t
     raise fail("plugin-no-class", name=plugin.name, origin=plugin, attribute=attribute or LOCAL_CLASS)
 
 
+def only(name: str, found: Sequence[Installed], what: str = "plugin") -> Installed:
+    """The one that a name stands for; two are an error when the name is used."""
+    if len(found) > 1:
+        both = " and ".join(map(str, found))
+        raise fail("name-ambiguous", what=what, name=name, both=both, last=found[-1].distribution)
+    return found[0]
+
+
 def _local(name: str, folder: Path) -> Installed:
     if not (folder / name).is_file():
         hint = did_you_mean(name, [f"./{path.name}" for path in folder.glob("*.py")], "Files there:")
         raise fail("plugin-file-missing", name=name, folder=folder, hint=hint)
     path = (folder / name).resolve()
-    return Installed(path.stem, f"pegbox_local_{path.stem}:{LOCAL_CLASS}", f"file {path.name}")
+    content = hashlib.blake2b(path.read_bytes(), digest_size=4).hexdigest()
+    return Installed(path.stem, f"pegbox_local_{path.stem}:{LOCAL_CLASS}", f"file {path.name}", content=content)
 
 
 def _import_file(path: Path, module_name: str) -> ModuleType:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from traceback import walk_tb
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from pluggy import PluginManager
 
@@ -22,15 +22,12 @@ from pegbox.errors import PegboxError, did_you_mean, fail
 from pegbox.events import Event, Signal
 from pegbox.hooks import SPECS
 from pegbox.patches import PatchLog
-from pegbox.record import Stateful
+from pegbox.record import P, R, Stateful
 from pegbox.section import Section
 from pegbox.types import Item
 
 if TYPE_CHECKING:
     from pegbox.context import Context
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 OWNED = [name for name in SPECS if hooks.semantics(name) == "own"]
 PER_FORMAT = {"load_model": "model_format", "export_model": "export_format"}
@@ -163,8 +160,7 @@ class Kernel:
         """Ask the one owner; wrappers refine its answer; an answer that has state is registered."""
         hook, arguments = spec.__name__, _named(spec, args, kwargs)
         form = arguments["request"].format if hook in PER_FORMAT else ""
-        caller = self._callers.get((hook, form))
-        if caller is None:
+        if (caller := self._callers.get((hook, form))) is None:
             raise self.no_owner(hook, form)
         owner = self.active[self._owners[hook][form]]
         try:
@@ -245,12 +241,6 @@ class Kernel:
         """The config section of each active plugin that declares one."""
         return {plugin: section.schema for plugin, section in self.each(hooks.register_config)}
 
-    def register_states(self, ctx: Context) -> None:
-        """Register the plugin instances that keep state, as `<plugin>/plugin`."""
-        for active in self.active.values():
-            if isinstance(active.instance, Stateful):
-                ctx.register_state(f"{active.name}/plugin", active.instance)
-
 
 def job_name(hook: str, form: str) -> str:
     """`build_loss`, or `load_model[gguf]` for a hook with one owner per format."""
@@ -268,8 +258,7 @@ def _implementations(origin: Installed, instance: object) -> Iterator[Implementa
         options: Any = getattr(function, f"{hooks.PROJECT}_impl", None)
         if function is None or (not isinstance(options, dict) and hook not in SPECS):
             continue
-        broken = _broken_rule(hook, function, options)
-        if broken:
+        if broken := _broken_rule(hook, function, options):
             raise fail("hook-rule", name=origin.name, origin=origin, hook=hook, problem=broken)
         arguments = tuple(inspect.signature(function).parameters)
         yield Implementation(hook, origin.name, function, arguments, bool(options.get("wrapper")))

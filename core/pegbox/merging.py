@@ -33,14 +33,10 @@ def merge_groups(model: Model, answers: Sequence[tuple[str, Sequence[GroupOption
 
 def _merged(records: Sequence[tuple[str, Any]], whose: str) -> dict[str, Any]:
     """The fields that any record sets, each with its one value."""
-    merged: dict[str, Any] = {}
-    said_by: dict[str, str] = {}
+    merged: dict[str, tuple[str, Any]] = {}
     for plugin, record in records:
         for name in (item.name for item in fields(record) if item.name != "pattern"):
-            value = getattr(record, name)
-            if value is not None and merged.setdefault(name, value) != value:
-                both = {"first": said_by[name], "first_value": merged[name], "second": plugin, "second_value": value}
-                raise fail("records-clash", field=f"'{name}' {whose}", **both)
-            if value is not None:
-                said_by.setdefault(name, plugin)
-    return merged
+            said = plugin, getattr(record, name)
+            if said[1] is not None and (first := merged.setdefault(name, said))[1] != said[1]:
+                raise fail("records-clash", field=f"'{name}' {whose}", first=first, second=said)
+    return {name: value for name, (_, value) in merged.items()}

@@ -9,29 +9,27 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, field, replace
 from pathlib import Path
 from typing import Any
 
 from pegbox import __version__, hooks
-from pegbox.config import CORE_KEYS, Config, read_run_section, read_sections
+from pegbox.config import CORE_KEYS, Config, RunSection, read_sections, validate
 from pegbox.context import Context
 from pegbox.errors import fail
 from pegbox.hooks import SPECS
-from pegbox.kernel import Kernel, job_name
+from pegbox.kernel import OWNED, Kernel, job_name
+from pegbox.record import Record, Stateful
+from pegbox.section import Section
 from pegbox.source import read
 from pegbox.types import Runtime
 from pegbox.weighing import OWNER, WeighedLosses
 
-NEEDED = (
-    *("build_runtime", "load_processor", "build_dataset", "load_model", "place_model", "build_loss", "build_batches"),
-    *("build_optimizer", "open_checkpoints", "run_training", "export_model"),
-)
+NEEDED = tuple(hook for hook in OWNED if hook not in ("apply_adapters", "generate_rollouts"))
 """Hooks that a training run cannot do without."""
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(Record):
     """One hook of the plan: who answers it and why."""
 
     hook: str
@@ -40,8 +38,7 @@ class Job:
     reason: str
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(Record):
     """The composed run."""
 
     plugins: tuple[tuple[str, str], ...]
@@ -83,7 +80,8 @@ def compose(
         instances: ready plugins by name, used instead of installed ones (for tests and embedding programs).
     """
     layer, folder = read(source, overrides)
-    run = read_run_section(layer)
+    run = validate(RunSection, {key: layer.data[key] for key in CORE_KEYS if key in layer.data}, layer, ())
+    folder = Path(run.paths_from or folder).expanduser().absolute()
     weighed = {OWNER: WeighedLosses(run.loss)} if run.loss else {}
     kernel = Kernel.activate((*run.plugins, *weighed), folder, {**(instances or {}), **weighed})
     for name in kernel.active.keys() & {*CORE_KEYS, "extends"}:
@@ -94,9 +92,13 @@ def compose(
         able = [i.plugin for i in kernel.implementations("build_loss", wrapper=False) if i.plugin != OWNER] or ["none"]
         if run.loss.keys() != set(able):
             raise fail("loss-weights", loss=", ".join(run.loss), able=", ".join(able), origin=layer.origin(("loss",)))
-    config = Config(run, sections, layer, folder)
+    config = Config(run=run, sections=sections, layer=layer, folder=folder)
     ctx = Context(config, kernel, make_plan(config, kernel), Path(run.output).expanduser().absolute())
-    kernel.register_states(ctx)
+    for name, active in kernel.active.items():
+        if isinstance(active.instance, Stateful):
+            ctx.register_state(f"{name}/plugin", active.instance)
+    for section in (section for section in sections.values() if isinstance(section, Section)):
+        section.check(ctx)
     return ctx
 
 
@@ -111,7 +113,7 @@ def require_training(ctx: Context) -> None:
 
 def make_plan(config: Config, kernel: Kernel) -> Plan:
     """The plan of a composed kernel."""
-    plugins = tuple((active.name, str(active.origin)) for active in kernel.active.values())
+    plugins = tuple((a.name, f"{a.origin} {a.origin.content}".strip()) for a in kernel.active.values())
     jobs = []
     for hook in SPECS:
         wrappers = tuple(i.plugin for i in kernel.implementations(hook, wrapper=True))
@@ -120,11 +122,10 @@ def make_plan(config: Config, kernel: Kernel) -> Plan:
         if kind == "own":
             for form, owner in kernel.owners(hook).items():
                 reason = "chosen by use" if {hook, job_name(hook, form)} & config.run.use.keys() else "the only one"
-                jobs.append(Job(job_name(hook, form), (owner,), wrappers, reason))
+                jobs.append(Job(hook=job_name(hook, form), plugins=(owner,), wrappers=wrappers, reason=reason))
         elif plain:
-            jobs.append(Job(hook, plain, (), f"all {kind}, in list order"))
-    values = tuple((key, value, str(origin)) for key, value, origin in config.origins())
-    return Plan(plugins, tuple(jobs), values)
+            jobs.append(Job(hook=hook, plugins=plain, wrappers=(), reason=f"all {kind}, in list order"))
+    return Plan(plugins=plugins, jobs=tuple(jobs), values=tuple(config.origins()))
 
 
 def plan_model(ctx: Context) -> Plan:

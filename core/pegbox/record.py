@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, dataclass_transform, runtime_checkable
+from typing import ParamSpec, Protocol, TypeVar, dataclass_transform, runtime_checkable
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
 
 

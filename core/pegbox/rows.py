@@ -141,6 +141,9 @@ class BatchSource(Stateful, Protocol):
 class RowSource(BatchSource, Protocol):
     """A training source that also hands out its rows, and lays out others: online methods wrap one."""
 
+    max_steps: int | None
+    """Optimizer steps that the config ends the run after; None: it ends with the data."""
+
     def take(self) -> Sequence[tuple[int, Example]]:
         """The rows of the next step over all ranks, with their numbers, and move on; none: the data has ended."""
 

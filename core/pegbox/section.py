@@ -6,15 +6,27 @@ that the reference pages, the JSON schema and the error messages all come from o
 
 from __future__ import annotations
 
-from typing import Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
 from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from pegbox.context import Context
 
 
 class Section(BaseModel):
     """Base of config sections: frozen, unknown keys forbidden, defaults validated, no type coerced."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, protected_namespaces=())
+
+    def check(self, ctx: Context) -> None:
+        """Raise what is wrong with this section beside the others, such as a name that no active plugin declares.
+
+        It is asked when a run is composed, so a plan sees it too: read nothing, and import nothing heavy.
+        """
+
+
+S = TypeVar("S", bound=Section)
 
 
 class Bounds(TypedDict, total=False):

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from pegbox.discovery import discover
+from pegbox.discovery import discover, only
 from pegbox.errors import did_you_mean, fail
 
 KeyPath = tuple[str | int, ...]
@@ -74,8 +74,7 @@ def dotted(path: KeyPath) -> str:
 def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> tuple[Layer, Path]:
     """Read a config with everything it extends and the overrides on top: the layer, and the folder paths start from."""
     if isinstance(source, Mapping):
-        folder = Path.cwd()
-        layer = _extended(_layer(deepcopy(dict(source)), "python"), folder, ())
+        layer, folder = _extended(_layer(deepcopy(dict(source)), "python"), Path.cwd(), ())
     else:
         layer, folder = _read_named(str(source), Path.cwd(), "command line", ())
     for override in overrides:
@@ -109,27 +108,29 @@ def _read_named(name: str, folder: Path, origin: str, seen: tuple[str, ...]) -> 
         problem = "is a folder" if path.is_dir() else "does not exist"
         hint = did_you_mean(path.name, near, "Configs there:")
         raise fail("config-missing", name=label, problem=problem, origin=origin, hint=hint)
-    return _extended(parse(path.read_bytes(), label), path.parent, (*seen, label)), path.parent
+    layer = parse(path.read_bytes(), label)
+    if isinstance(start := layer.data.get("paths_from"), str):
+        layer.data["paths_from"] = str((path.parent / Path(start).expanduser()).resolve())
+    return _extended(layer, path.parent, (*seen, label))
 
 
-def _extended(layer: Layer, folder: Path, seen: tuple[str, ...]) -> Layer:
+def _extended(layer: Layer, folder: Path, seen: tuple[str, ...]) -> tuple[Layer, Path]:
     if "extends" not in layer.data:
-        return layer
+        return layer, folder
     origin, extends = layer.origin(("extends",)), layer.data.pop("extends")
     if not isinstance(extends, str):
         raise fail("extends-form", value=extends, origin=origin)
     merged = _read_named(extends, folder, origin, seen)[0].merge(layer)
     merged.origins[()] = layer.origin(())
-    return merged
+    return merged, folder
 
 
 def _recipe_path(name: str) -> Path:
     """The file of `recipe://name`: an entry point in the group `pegbox.recipes` with the value `package:file.yaml`."""
     from importlib.util import find_spec
 
-    recipes = {name: found[0].value for name, found in discover("pegbox.recipes").items()}
-    wanted = name.removeprefix(RECIPE)
-    package, _, file = recipes.get(wanted, "").partition(":")
+    recipes, wanted = discover("pegbox.recipes"), name.removeprefix(RECIPE)
+    package, _, file = (only(wanted, recipes[wanted], "recipe").value if wanted in recipes else "").partition(":")
     spec = find_spec(package) if package else None
     if spec is None or not spec.submodule_search_locations:
         raise fail("recipe-missing", name=wanted, hint=did_you_mean(wanted, recipes, "Installed recipes:"))

@@ -169,8 +169,9 @@ class ModulePatch(Record):
     Attributes:
         slot: what is replaced: `attention`, `norm`, `mlp`, `rope`, `head`, `experts` ... One patch per module and slot.
         target: glob over fully qualified module names, e.g. `model.layers.*.self_attn`, or a predicate (name, module).
-        replace: called with each matched module; returns a module (it takes the place of the old one), a plain
-            callable (it becomes the instance's `forward`), or a `SeamChange`.
+        replace: called with each matched module, innermost first; returns a module (it takes the place of the old one,
+            at all its names), a plain callable (it becomes the instance's `forward`), or a `SeamChange`. It keeps the
+            module or the forward that it finds, where an earlier patch put it.
         requires: traits the model must have; `source`: paper, project or page it follows.
         after: names of plugins whose patches on the same slot this one builds upon.
     """

@@ -29,9 +29,8 @@ class WeighedLosses:
 
     @hooks.hookimpl
     def build_loss(self, ctx: Context, model: Model) -> Loss:
-        return WeighedLoss(
-            {name: ctx.kernel.ask(name, hooks.build_loss, ctx, model) for name in self.weights}, self.weights
-        )
+        losses = {name: ctx.kernel.ask(name, hooks.build_loss, ctx, model) for name in self.weights}
+        return WeighedLoss(losses, self.weights)
 
 
 class WeighedLoss:
@@ -53,6 +52,5 @@ class WeighedLoss:
         made = {name: loss(batch, outputs) for name, loss in self.losses.items()}
         terms = [(name, term) for name, output in made.items() for term in output.terms]
         weighed = (replace(t, name=f"{name}/{t.name}", weight=t.weight * self.weights[name]) for name, t in terms)
-        return LossOutput(
-            terms=tuple(weighed), metrics=tuple(one for output in made.values() for one in output.metrics)
-        )
+        metrics = (metric for output in made.values() for metric in output.metrics)
+        return LossOutput(terms=tuple(weighed), metrics=tuple(metrics))

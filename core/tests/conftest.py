@@ -16,6 +16,8 @@ import pytest
 from pegbox.context import Context
 from pegbox.plan import compose
 
+sys.path.insert(0, str(Path(__file__).parent))
+
 MODEL = {"name": "some/model"}
 
 

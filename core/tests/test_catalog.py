@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from string import Formatter
@@ -19,7 +20,7 @@ ENTRIES = catalog()
 def placeholders(entry: dict[str, str]) -> set[str]:
     """The names in braces of all parts of an entry."""
     texts = (entry.get(part, "") for part in ("what", "why", "next"))
-    return {name.split(".")[0] for text in texts for _, name, _, _ in Formatter().parse(text) if name}
+    return {re.split(r"[.\[]", name)[0] for text in texts for _, name, _, _ in Formatter().parse(text) if name}
 
 
 def keywords_of(call: ast.Call, function: ast.AST) -> set[str]:
@@ -82,12 +83,15 @@ def test_an_entry_has_a_known_kind_says_what_is_wrong_and_what_comes_next(name: 
 
 
 class Filled:
-    """A value for a placeholder, whole or by an attribute: it prints its word."""
+    """A value for a placeholder, whole, by an attribute or by an index: it prints its word."""
 
     def __init__(self, word: str) -> None:
         self._word = word
 
     def __getattr__(self, name: str) -> Filled:
+        return self
+
+    def __getitem__(self, index: int) -> Filled:
         return self
 
     def __repr__(self) -> str:

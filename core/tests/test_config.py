@@ -118,6 +118,36 @@ def test_paths_of_a_config_start_at_its_folder(tmp_path: Path, monkeypatch) -> N
     assert ctx.folder == tmp_path / "runs/x"
 
 
+def test_the_record_of_a_config_means_the_same_paths_from_anywhere(tmp_path: Path, monkeypatch) -> None:
+    for folder in ("configs", "runs/first", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "configs/c.yaml").write_text("model: {name: m}\n")
+    first = compose(tmp_path / "configs/c.yaml").config
+    record = first.record(tmp_path / "runs/first")
+    assert record == {**first.resolved(), "paths_from": "../../configs"}
+    (tmp_path / "runs/first/config.yaml").write_text(yaml.safe_dump(record))
+    (tmp_path / "elsewhere/more.yaml").write_text("extends: ../runs/first/config.yaml\nseed: 1\n")
+    (tmp_path / "link").symlink_to(tmp_path / "runs/first")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for written in ("../runs/first/config.yaml", tmp_path / "link/config.yaml", "more.yaml"):
+        again = compose(written).config
+        assert again.path("rows.jsonl") == tmp_path / "configs/rows.jsonl"
+        assert again.record(tmp_path / "runs/first")["paths_from"] == "../../configs"
+    assert compose("more.yaml").config.run.seed == 1
+
+
+def test_where_paths_start_may_be_said_on_the_command_line_and_from_python(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "c.yaml").write_text("model: {name: m}\npaths_from: data\n")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert compose("../c.yaml").config.path("a") == tmp_path / "data/a"
+    assert compose("../c.yaml", ["paths_from=rows"]).config.path("a") == tmp_path / "here/rows/a"
+    assert compose({"model": {"name": "m"}, "paths_from": "rows"}).config.path("a") == tmp_path / "here/rows/a"
+    assert compose("../c.yaml", ["paths_from=null"]).config.path("a") == tmp_path / "a"
+    with pytest.raises(ConfigError, match="'paths_from' is 3"):
+        compose("../c.yaml", ["paths_from=3"])
+
+
 def test_paths_given_from_python_are_read_as_words(tmp_path: Path) -> None:
     assert compose({"model": {"name": tmp_path / "m"}, "output": tmp_path / "out"}).folder == tmp_path / "out"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from hashlib import blake2b
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -119,7 +120,8 @@ def test_a_file_beside_the_config_is_a_plugin_wherever_the_command_is_typed(tmp_
     monkeypatch.chdir(elsewhere)
     ctx = compose(project / "c.yaml")
     assert ctx.call(hooks.build_runtime, ctx) == "from the file"
-    assert ctx.plan.plugins == (("mine", "file mine.py"),)
+    content = blake2b((project / "mine.py").read_bytes(), digest_size=4).hexdigest()
+    assert ctx.plan.plugins == (("mine", f"file mine.py {content}"),)
 
 
 def test_an_edited_local_plugin_acts_in_the_next_run(here, compose_text) -> None:

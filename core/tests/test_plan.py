@@ -168,6 +168,50 @@ def test_the_digest_changes_with_the_version_of_a_plugin(site, tmp_path) -> None
     assert compose(listed).plan.digest() != before
 
 
+def test_the_digest_changes_with_the_source_of_a_local_plugin(here) -> None:
+    source = "class Plugin:\n    pass\n"
+    (here / "mine.py").write_text(source)
+    (here / "c.yaml").write_text("model: {name: m}\nplugins: [./mine.py]\n")
+    before = compose("c.yaml").plan
+    (here / "mine.py").write_text(source + "# more")
+    after = compose("c.yaml").plan
+    assert after.digest() != before.digest()
+    with pytest.raises(RunError, match=r"ranks \[1\] hold another plan"):
+        after.agree(Ranks(before, after))
+    (here / "mine.py").write_text(source)
+    assert compose("c.yaml").plan == before
+
+
+# ---- what a section says of the rest of the run ----
+
+
+class Named(Section):
+    name: str = setting("one", "An item of kind `thing`.")
+
+    def check(self, ctx: Context) -> None:
+        if self.name not in ctx.items("thing"):
+            raise ConfigError(f"naming.name is '{self.name}', and there is {', '.join(ctx.items('thing'))}")
+
+
+class Naming:
+    @hookimpl
+    def register_config(self) -> ConfigSection:
+        return ConfigSection(schema=Named)
+
+
+class Things:
+    @hookimpl
+    def register_items(self) -> list[Item]:
+        return [Item(kind="thing", name=name, target=self) for name in ("one", "two")]
+
+
+def test_a_section_is_checked_beside_what_other_plugins_declare(composed) -> None:
+    plugins = {"naming": Naming(), "things": Things()}
+    assert composed(plugins, naming={"name": "two"}).section(Named).name == "two"
+    with pytest.raises(ConfigError, match=r"naming\.name is 'three', and there is one, two"):
+        composed(plugins, naming={"name": "three"})
+
+
 # ---- ranks ----
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pegbox.errors import ConfigError
+from pegbox.errors import ConfigError, PluginError
 from pegbox.source import Layer, parse, parse_override, read
 
 
@@ -391,6 +391,16 @@ def test_a_file_may_extend_a_recipe(site, here: Path) -> None:
     assert folder == here
     assert layer.data == {"seed": 4, "lora": {"r": 2, "alpha": 1}}
     assert origins(layer)["seed"] == "recipe://sft-small:1"
+
+
+def test_a_recipe_of_two_distributions_is_an_error_that_names_both_when_it_is_used(site, here: Path) -> None:
+    install_recipe(site)
+    recipes = {"sft-small": "other:sft.yaml", "mine": "cookbook:sft.yaml"}
+    site.install("dist-other", "2.0", recipes=recipes)
+    with pytest.raises(PluginError, match=r"recipe named 'sft-small': dist-cookbook 1\.0 and dist-other 2\.0") as error:
+        read("recipe://sft-small")
+    assert "pip uninstall dist-other" in error.value.next
+    assert read("recipe://mine")[0].data["seed"] == 4
 
 
 def test_an_unknown_recipe_names_the_nearest_one(site, here: Path) -> None:

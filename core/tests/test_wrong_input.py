@@ -203,7 +203,7 @@ CASES = {
         HEAD + "plugins: [sgd, mute]\nuse: {build_optimizer: mute}\n", ("'mute' does not own build_optimizer", "sgd")
     ),
     "owner-missing": Case(
-        HEAD + "plugins: [sgd]\n", ("no active plugin owns build_runtime", "pegbox plugins"), ("run", "c.yaml")
+        HEAD + "plugins: [sgd]\n", ("no active plugin owns load_processor", "pegbox plugins"), ("run", "c.yaml")
     ),
     "format-missing": Case(
         "model: {name: m, format: gguf}\nplugins: [./whole.py]\n",

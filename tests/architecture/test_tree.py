@@ -30,8 +30,12 @@ TOP_LEVEL = {
 VAGUE = re.compile(r"(^|_)(utils?|helpers?|common|misc|managers?)(_|$)|^base_")
 MACHINE_PATH = re.compile(r"/(?:home|root|work|farm|mnt|Users)/\w")
 UMBRELLA = "pegbox"
-SHORT_NAMES = {"attention": ("gpt-oss-attention",), "optim": ("adamw",)}
-"""Plugins that a distribution brings under a name of their own, and extras that are called so."""
+PLUGINS = {
+    "attention": ("attention", "gpt-oss-attention"),
+    "optim": ("adamw", "optim"),
+    "reference-free": ("cpo", "orpo", "simpo"),
+}
+"""The plugins of a distribution that brings several; each is the name of an extra too."""
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +75,12 @@ def test_a_package_is_named_after_its_folder(member: Member) -> None:
 
 def test_a_plugin_has_its_name_once_its_config_table_and_its_conformance_test(plugin_member: Member) -> None:
     folder, name = plugin_member.folder, plugin_member.folder.name
-    assert list(plugin_member.plugins) == sorted([name, *SHORT_NAMES.get(name, ())])
+    assert tuple(plugin_member.plugins) == PLUGINS.get(name, (name,))
     readme = (folder / "README.md").read_text()
     assert readme.count("<!-- config -->") == readme.count("<!-- /config -->") == 1
-    conformance = (folder / "tests" / "test_conformance.py").read_text()
+    conformance = "".join(path.read_text() for path in (folder / "tests").rglob("test_conformance.py"))
     assert "PluginConformance" in conformance
-    assert f'plugin = "{name}"' in conformance
+    assert [plugin for plugin in plugin_member.plugins if f'plugin = "{plugin}"' not in conformance] == []
 
 
 def test_every_package_declares_the_version_of_the_core_it_was_written_for(member: Member, settings: dict) -> None:
@@ -107,7 +111,7 @@ def test_the_umbrella_has_an_extra_for_each_package_and_all_of_them_in_all(
     names = sorted(member.folder.name for member in members if member.kind != "core")
     assert ",".join(part[len("pegbox[") : -1] for part in extras.pop("all")) == ",".join(names)
     packages = {name: name for name in names}
-    packages |= {short: name for name, shorts in SHORT_NAMES.items() for short in shorts}
+    packages |= {plugin: name for name, plugins in PLUGINS.items() for plugin in plugins}
     assert {name: [re.sub(r"\[.*\]", "", wanted) for wanted in extra] for name, extra in extras.items()} == {
         name: [f"pegbox-{package}>=0.1,<0.2"] for name, package in packages.items()
     }

@@ -264,7 +264,7 @@ class Conversion:
 
     def config(self) -> dict[str, Any]:
         """Our config, its keys in the order in which a person would write them."""
-        plugins = [name for name in ours.ORDER if name in self.plugins]
+        plugins = ours.ordered(self.plugins, self.draft)
         model = self.draft.get("model", {})
         named = {"name": model["name"]} if "name" in model else {}
         head: dict[str, Any] = {"model": {**named, **model}, "plugins": plugins}

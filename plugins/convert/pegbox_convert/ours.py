@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,15 @@ ORDER = (
 """The plugins that a converted config can list, in the order of its list: what is first touches a thing first."""
 ALWAYS = ("hf", "data", "optim", "trainer")
 CORE = ("model", "plugins", "output", "seed", "resume", "use", "loss", "rewards")
+
+
+def ordered(plugins: Container[str], draft: Mapping[str, Any]) -> list[str]:
+    """The plugins of a config in the order of its list: a precomputed reference looks at the rows that kto leaves."""
+    found = [name for name in ORDER if name in plugins]
+    if "kto" in found and draft.get("reference", {}).get("how") == "precomputed":
+        found.remove("reference")
+        found.insert(found.index("kto") + 1, "reference")
+    return found
 
 
 @cache

@@ -133,7 +133,7 @@ def test_which_value_is_best_is_kept_and_serves_early_stopping_too(converted: An
         AXOLOTL + "save_steps: 9\neval_steps: 5\nearly_stopping_patience: 2\nmetric_for_best_model: loss\n"
     )
     assert "best" not in times(alone)
-    assert alone.config["early-stopping"] == {"patience": 2, "metric": "eval_loss"}
+    assert alone.config["early-stopping"] == {"patience": 2, "metric": "eval_loss", "better": "lower"}
 
 
 def test_axolotl_ends_with_the_best_by_default_where_saves_fall_on_evaluations(converted: Any) -> None:

@@ -16,32 +16,12 @@ from pegbox.plan import compose
 from pegbox.run import execute
 from pegbox_convert.converting import convert_file
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
+from transformers import Trainer
+from two_programs import COMMON, logged
 
 pytestmark = pytest.mark.slow
 
-TEMPLATE = (
-    "{#- generation blocks are exact -#}"
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}"
-    "{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 TOLERANCE = 1e-5
-COMMON = {
-    "model_name_or_path": "tiny",
-    "dataset_name": "rows",
-    "use_cpu": True,
-    "bf16": False,
-    "report_to": "none",
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "train_sampling_strategy": "sequential",
-    "max_steps": 5,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 2,
-}
 CHAT = [
     {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": "word " * (n % 5 + 1)}]}
     for n in range(20)
@@ -107,28 +87,6 @@ class Plugin:
 """
 
 
-@pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a tiny model and its tokenizer of bytes."""
-    import datasets
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    torch.set_num_threads(1)
-    tokens = ["<pad>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    backend = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<pad>")
-    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
-    made.chat_template = TEMPLATE
-    made.save_pretrained("tiny")
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(made), eos_token_id=2, pad_token_id=0, **shape)).save_pretrained("tiny")
-    return tmp_path
-
-
 def trained_by_trl(path: Path) -> Trainer:
     """As `trl sft --config FILE` trains."""
     from datasets import load_dataset
@@ -174,11 +132,6 @@ def losses_of_pegbox(path: Path) -> list[float]:
         config["plugins"].append("./same_factors.py")
     execute(compose(config))
     return [line["loss"] for line in logged("train")]
-
-
-def logged(kind: str) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in Path("ours/metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -27,7 +27,7 @@ PLUGINS = {
     "axolotl-grpo.yaml": ["reference", "grpo", "rollout-vllm", "reward-functions", "reward-model"],
     "axolotl-gdpo.yaml": ["grpo", "rollout-hf", "reward-functions"],
     "trl-dpo.yaml": ["reference", "dpo"],
-    "trl-kto.txt": ["reference", "kto"],
+    "trl-kto.txt": ["kto", "reference"],
     "trl-orpo.txt": ["orpo"],
     "trl-cpo.yaml": ["simpo"],
     "trl-reward.txt": ["reward"],
@@ -69,7 +69,7 @@ def test_a_method_lists_its_plugins_in_the_order_in_which_they_wrap(name: str) -
 
 @pytest.mark.parametrize("name", PLUGINS)
 def test_the_run_begins(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that plugins check before anything is loaded passes, given the user's reward functions and vLLM."""
+    """All that plugins check before anything is loaded passes, given the user's reward functions, models and vLLM."""
     body = "(completions, **columns):\n    return [1.0] * len(completions)\n"
     rewards = "".join(f"def {name}{body}" for name in ("right", "form", "short", "brief"))
     for module in ("rewards", "my_rewards", "my/module"):
@@ -83,6 +83,8 @@ def test_the_run_begins(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     if "rollout-vllm" in result["plugins"]:
         # What the report asks for: where vLLM is.
         result["rollout-vllm"] = {"url": "http://127.0.0.1:1"}
+    for judge in result.get("reward-model", {}).get("models", ()):
+        (tmp_path / judge["name"]).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     ctx = compose(result)
@@ -113,6 +115,14 @@ def test_losses_of_pairs_keep_their_weights_and_settings() -> None:
     assert converted("axolotl-simpo.yaml").config["simpo"] == {"beta": 2.0, "gamma": 1.2, "sft_weight": 0.0}
     assert converted("trl-cpo.yaml").config["simpo"] == {"beta": 2.0, "gamma": 1.0, "sft_weight": 0.5}
     assert converted("trl-reward.txt").config["reward"] == {"center": 0.01}
+
+
+def test_a_reference_is_precomputed_beside_kto_where_it_has_no_kl_term(tmp_path: Path) -> None:
+    assert converted("trl-kto.txt").config["reference"] == {"how": "precomputed"}
+    text = "model_name_or_path: m\ndataset_name: a/b\nprecompute_ref_log_probs: true\ndesirable_weight: 1.5\n"
+    result = written(text, tmp_path / "a.yaml")
+    assert about(result, "precompute_ref_log_probs")[0] is Status.LATER
+    assert "reference" not in result.config
 
 
 def test_simpo_of_axolotl_without_its_keys_is_trls_cpo_trainer(tmp_path: Path) -> None:

@@ -40,10 +40,10 @@ def show_plugins(*, as_json: bool) -> None:
 
     found = [plugin for candidates in discover().values() for plugin in candidates]
     if as_json:
-        from dataclasses import asdict
         from json import dumps
 
-        print(dumps([asdict(plugin) for plugin in found], indent=1))
+        shown = ("name", "value", "distribution", "version", "requires")
+        print(dumps([{key: getattr(plugin, key) for key in shown} for plugin in found], indent=1))
     else:
         from pegbox.render import print_tables
 

@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import typer
-from pegbox.discovery import Installed, discover
-from pegbox.errors import PegboxError, fail
+from pegbox.discovery import Installed, discover, only
+from pegbox.errors import PegboxError
 from pegbox.kernel import Kernel
 
 from pegbox_doctor.distributions import GROUPS
@@ -19,17 +19,14 @@ from pegbox_doctor.report import Report
 def check_plugins(report: Report) -> None:
     """Activate each plugin alone, as a run that lists it would; import each command; find each recipe."""
     for name, found in sorted(discover().items()):
-        if len(found) > 1:
-            both = " and ".join(map(str, found))
-            report.problem_of(fail("plugin-ambiguous", name=name, both=both, last=found[-1].distribution))
-        else:
+        if _is_one(report, "plugin", name, found):
             _check_plugin(report, found[0])
     for name, found in sorted(discover("pegbox.commands").items()):
-        _check_once(report, "command", name, found)
+        _is_one(report, "command", name, found)
         for command in found:
             _check_command(report, command)
     for name, found in sorted(discover("pegbox.recipes").items()):
-        _check_once(report, "recipe", name, found)
+        _is_one(report, "recipe", name, found)
         for recipe in found:
             _check_recipe(report, recipe)
     for group in GROUPS:
@@ -62,13 +59,12 @@ def _check_plugin(report: Report, plugin: Installed) -> None:
         )
 
 
-def _check_once(report: Report, kind: str, name: str, found: list[Installed]) -> None:
-    if len(found) > 1:
-        report.problem(
-            f"two distributions bring a {kind} named '{name}': {' and '.join(map(str, found))}",
-            "Which one is used depends on the order of installation.",
-            f"Type: pip uninstall {found[-1].distribution}",
-        )
+def _is_one(report: Report, kind: str, name: str, found: list[Installed]) -> bool:
+    try:
+        only(name, found, kind)
+    except PegboxError as error:
+        report.problem_of(error)
+    return len(found) == 1
 
 
 def _check_command(report: Report, command: Installed) -> None:

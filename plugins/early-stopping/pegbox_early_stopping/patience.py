@@ -55,7 +55,7 @@ class Patience:
             return None
         self.seen_step = event.step
         self.evaluations += 1
-        value = event.metrics[config.metric] * (1.0 if config.better == "lower" else -1.0)
+        value = event.metrics[config.metric] * (-1.0 if config.better == "higher" else 1.0)
         if self.best is None or value < self.best - config.min_delta:
             self.best, self.best_step, self.waited = value, event.step, 0
             return None

@@ -19,7 +19,7 @@ TINY = str(Path(__file__).parents[2] / "trainer" / "tests" / "tiny_llama.py")
 
 
 def stopped_after(values: list[float], **settings: Any) -> int | None:
-    patience, config = Patience(), EarlyStoppingConfig(metric="m", **settings)
+    patience, config = Patience(), EarlyStoppingConfig(metric="m", **{"better": "lower", **settings})
     for count, value in enumerate(values, start=1):
         event = Evaluated(step=count, model=SimpleNamespace(), metrics={"m": value})
         if patience.see(config, event) is Signal.STOP:
@@ -81,7 +81,12 @@ def test_a_resumed_run_stops_at_the_same_step(tmp_path: Path) -> None:
 
 def test_a_metric_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Did you mean 'eval_loss'"):
-        run(tmp_path / "run", metric="eval_los")
+        run(tmp_path / "run", metric="eval_los", better="lower")
+
+
+def test_which_way_a_metric_improves_is_said_unless_it_is_a_loss(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="metric is eval_reward, and better does not say"):
+        run(tmp_path / "run", metric="eval_reward")
 
 
 def test_a_run_without_held_out_rows_is_refused(tmp_path: Path) -> None:

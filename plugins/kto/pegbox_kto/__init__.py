@@ -27,22 +27,25 @@ class KtoPlugin:
 
     @hookimpl
     def register_items(self) -> Sequence[Item]:
+        from pegbox_kto.health import rules
+
         return [
             Item(kind="extra", name="kto_kl", target="pegbox_kto.batches:KL", doc="Divergence from the reference."),
             Item(kind="extra", name="kto_answers", target="pegbox_kto.batches:ANSWERS", doc="Answers of the step."),
+            *rules(),
         ]
 
     @hookimpl
     def on_event(self, ctx: Context, event: Event) -> None:
         if isinstance(event, RunBegins):
-            from pegbox_kto.config import REFERENCE, require_reference
+            from pegbox_kto.config import REFERENCE, KtoConfig, require_reference
 
             declared = ctx.each(hooks.register_items)
             providers = [
                 plugin for plugin, items in declared for item in items if (item.kind, item.name) == ("extra", REFERENCE)
             ]
             own = next(plugin for plugin, items in declared if any(item.name == "kto_kl" for item in items))
-            require_reference(list(ctx.kernel.active), providers, own)
+            require_reference(ctx.section(KtoConfig), list(ctx.kernel.active), providers, own)
 
     @hookimpl(wrapper=True)
     def build_batches(self, ctx: Context, model: Model) -> Generator[None, BatchSource, BatchSource]:

@@ -111,6 +111,12 @@ class TrainSteps:
         self.examples: Dataset = source.examples
         self.total_steps = source.total_steps
         self._source, self._runtime, self._divergence = source, runtime, divergence
+        if divergence is None:
+            # Rows stay as they are: what is listed after kto may lay them out, such as to precompute the reference.
+            if isinstance(source, LaysOut):
+                self.lay_out = source.lay_out
+            if isinstance(source, RowSource):
+                self.take, self.max_steps = source.take, source.max_steps
 
     @property
     def epoch(self) -> float | None:

@@ -38,10 +38,11 @@ class KtoConfig(Section):
         return self
 
 
-def require_reference(active: Sequence[str], providers: Sequence[str], own: str) -> None:
-    """Raise unless a plugin that is listed earlier brings the reference's log-probabilities.
+def require_reference(config: KtoConfig, active: Sequence[str], providers: Sequence[str], own: str) -> None:
+    """Raise unless a plugin brings the reference's log-probabilities, listed earlier if there is a KL term.
 
     Args:
+        config: without a KL term the two may stand in any order.
         active: names of the plugins, in order.
         providers: those that declare the log-probabilities.
         own: the name of this plugin.
@@ -55,9 +56,10 @@ def require_reference(active: Sequence[str], providers: Sequence[str], own: str)
             "Its loss compares how likely an answer is with how likely the reference finds it.",
             "Add reference to plugins, before kto.",
         )
-    if active.index(providers[0]) > active.index(own):
+    if config.loss == "kto" and active.index(providers[0]) > active.index(own):
         raise ConfigError(
             f"{own} is listed before {providers[0]}, which brings the log-probabilities of the reference",
-            "The KL term needs them for documents that kto makes: it has to come after.",
-            f"List {providers[0]} before {own} in plugins.",
+            "The KL term needs them for documents that kto makes in each step: it has to come after, and they cannot "
+            "be precomputed.",
+            f"List {providers[0]} before {own} in plugins; or set kto.loss=apo_zero_unpaired, which has no KL term.",
         )

@@ -15,7 +15,7 @@ from pegbox.testing.tiny import collate
 class OneStep:
     """A source of rows without another package (`pegbox.rows.RowSource`): all of them are one step."""
 
-    total_steps = 1
+    total_steps, max_steps = 1, None
 
     def __init__(self, rows: Sequence[Example]) -> None:
         self.examples, self._left = Rows(rows), list(enumerate(rows))

@@ -56,6 +56,31 @@ def test_held_out_rows_are_measured_with_the_plugin_reference(tmp_path: Path) ->
     assert {"eval_loss", "eval_kl", "eval_rewards/margins"} <= figures.keys()
 
 
+def test_without_a_kl_term_the_reference_may_be_precomputed(tmp_path: Path) -> None:
+    """With it, no order of the plugins is possible, and each error says what is."""
+    pytest.importorskip("pegbox_reference")
+    apo, before = {"loss": "apo_zero_unpaired"}, {"how": "precomputed", "cache": str(tmp_path / "cache")}
+    settings: dict[str, Any] = {"kto": apo, "micro_batch": 2, "shuffle": True}
+    copied = run(tmp_path / "a", Tiny(TRAIN, HELD_OUT), ("reference", "kto"), reference={"how": "copy"}, **settings)
+    stored = run(tmp_path / "b", Tiny(TRAIN, HELD_OUT), ("kto", "reference"), reference=before, **settings)
+    assert len(list((tmp_path / "cache").glob("[!.]*"))) == 2
+    for name in ("loss", "eval_loss", "rewards/margins", "eval_rewards/margins", "grad_norm"):
+        assert stored[name] == pytest.approx(copied[name], rel=1e-5, abs=1e-6), name
+
+    sections = {"reference": before}
+    with pytest.raises(ConfigError, match=r"they cannot be precomputed(.|\n)*kto\.loss=apo_zero_unpaired"):
+        execute(composed(tmp_path / "c", Tiny(TRAIN), ("kto", "reference"), sections))
+    with pytest.raises(ConfigError, match="kto, which is listed after reference, makes batches of its own"):
+        execute(composed(tmp_path / "d", Tiny(TRAIN), ("reference", "kto"), sections))
+
+
+def test_health_rules_look_at_figures_that_are_logged(tmp_path: Path) -> None:
+    figures = run(tmp_path / "run", Tiny(TRAIN, HELD_OUT))
+    rules = composed(tmp_path / "rules", Tiny(TRAIN), ("given", "kto"), {}).items("health_rule")
+    assert {item.target["metric"] for item in rules.values()} <= figures.keys()
+    assert all(name.startswith("kto-") and item.target["source"] for name, item in rules.items())
+
+
 def test_what_is_missing_or_out_of_order_stops_the_run_before_it_begins(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no plugin brings them"):
         execute(composed(tmp_path / "none", Tiny(TRAIN), ("kto",), {}))

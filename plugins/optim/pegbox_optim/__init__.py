@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pegbox.events import Event, RunBegins
 from pegbox.hooks import hookimpl
 from pegbox.types import ConfigSection, Item
 
@@ -40,9 +39,8 @@ class AdamwPlugin:
     def build_optimizer(self, ctx: Context, model: Model, groups: Sequence[ParameterGroup]) -> Optimization:
         from pegbox.types import Optimization
 
-        from pegbox_optim.adamw import build_adamw
+        from pegbox_optim.adamw import build_adamw, build_schedule
         from pegbox_optim.adamw_config import AdamwConfig
-        from pegbox_optim.transformers_schedule import build_schedule
 
         config = ctx.section(AdamwConfig)
         optimizer = build_adamw(config, model, groups)
@@ -68,14 +66,6 @@ class OptimPlugin:
         ]
         schedules = [Item(kind="schedule", name=name, target=made, doc=made.doc) for name, made in SCHEDULES.items()]
         return optimizers + schedules
-
-    @hookimpl
-    def on_event(self, ctx: Context, event: Event) -> None:
-        """Check the optimizer's and the schedule's options before anything is read."""
-        if isinstance(event, RunBegins):
-            from pegbox_optim.items import check
-
-            check(ctx)
 
     @hookimpl
     def configure_groups(self, ctx: Context, model: Model) -> Sequence[GroupOptions]:

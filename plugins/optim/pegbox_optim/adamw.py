@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pegbox_optim.groups import torch_groups
+from pegbox_optim.schedules import SCHEDULES
+from pegbox_optim.warmup import warmup_steps
 
 if TYPE_CHECKING:
     from pegbox.types import Model, ParameterGroup
     from torch.nn import Parameter
-    from torch.optim import AdamW
+    from torch.optim import AdamW, Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
 
     from pegbox_optim.adamw_config import AdamwConfig
 
@@ -39,6 +42,17 @@ def build_adamw(config: AdamwConfig, model: Model, groups: Sequence[ParameterGro
         weight_decay=config.weight_decay,
         fused=is_fused(config.fused, split),
     )
+
+
+def build_schedule(config: AdamwConfig, optimizer: Optimizer, total_steps: int | None) -> LRScheduler:
+    """The schedule over `total_steps` optimizer steps; None is a run with an open end.
+
+    Raises:
+        ConfigError: it does not fit the length of the run.
+    """
+    schedule = SCHEDULES[config.schedule]
+    warmup = warmup_steps("adamw", config, total_steps, endless=schedule.endless)
+    return schedule.build(optimizer, warmup, total_steps, schedule.options(**config.schedule_options))
 
 
 def is_fused(wanted: bool | None, groups: Sequence[dict[str, Any]]) -> bool:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
+from pegbox.config import validate
 from pegbox.section import Section, setting
 from pydantic import Field, model_validator
+
+from pegbox_optim.schedules import SCHEDULES
+
+if TYPE_CHECKING:
+    from pegbox.context import Context
 
 Schedule = Literal[
     "linear",
@@ -52,6 +58,11 @@ class AdamwConfig(Section):
     fused: bool | None = setting(
         None, "Use torch's fused implementation; by default where every parameter's device has it."
     )
+
+    def check(self, ctx: Context) -> None:
+        """Raise what is wrong with the options of the schedule."""
+        options = dict(self.schedule_options)
+        validate(SCHEDULES[self.schedule].options, options, ctx.config.layer, ("adamw", "schedule_options"))
 
     @model_validator(mode="after")
     def _one_warmup(self) -> AdamwConfig:

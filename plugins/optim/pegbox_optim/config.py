@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 from pegbox.section import Section, setting
 from pydantic import model_validator
+
+if TYPE_CHECKING:
+    from pegbox.context import Context
 
 Value = bool | int | float | str | tuple[bool | int | float | str, ...] | None
 
@@ -63,6 +67,12 @@ class OptimConfig(Section):
     warmup_ratio: float | None = setting(
         None, "The same as a part of the run's steps, rounded up.", unit="1", ge=0, le=1
     )
+
+    def check(self, ctx: Context) -> None:
+        """Raise what is wrong with names and options."""
+        from pegbox_optim.items import check
+
+        check(ctx)
 
     @model_validator(mode="after")
     def _one_of_two(self) -> OptimConfig:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from pegbox.errors import ConfigError, PluginError, UserError
 from pegbox.merging import merge_groups
+from pegbox.plan import compose
 from pegbox.types import GroupOptions, Model
-from pegbox_optim.adamw import build_adamw
+from pegbox_optim.adamw import build_adamw, build_schedule
 from pegbox_optim.adamw_config import AdamwConfig
-from pegbox_optim.transformers_schedule import build_schedule
 from pydantic import ValidationError
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
@@ -139,14 +139,19 @@ def test_schedule_options_reach_the_schedule() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"schedule_options": {"wrong": 1}}, "do not fit the schedule 'linear'"),
-        ({"schedule": "warmup_stable_decay"}, "do not fit the schedule"),
-        ({"warmup_steps": 11}, "but the run has 10 steps"),
+        ({"schedule_options": {"wrong": 1}}, "unknown key 'wrong' in section 'adamw.schedule_options'"),
+        ({"schedule": "cosine_with_min_lr"}, "the floor is one of them"),
+        ({"schedule": "cosine", "schedule_options": {"num_cycles": -1}}, "greater than 0"),
     ],
 )
-def test_a_schedule_that_cannot_be_is_an_error(settings: dict[str, Any], message: str) -> None:
+def test_options_that_do_not_fit_the_schedule_are_an_error_of_the_plan(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        rates_of(10, **settings)
+        compose({"model": {"name": "tiny"}, "plugins": ["adamw"], "adamw": settings})
+
+
+def test_a_warmup_longer_than_the_run_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"adamw\.warmup_steps is 11, but the run has 10 steps"):
+        rates_of(10, warmup_steps=11)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +171,7 @@ def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> N
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "warmup_stable_decay", "inverse_sqrt"])
 def test_state_round_trips_bit_identically_without_unpickling_code(schedule: Any, tmp_path: Any) -> None:
-    options = {"num_decay_steps": 3} if schedule == "warmup_stable_decay" else {}
+    options = {"decay_steps": 3} if schedule == "warmup_stable_decay" else {}
     config = AdamwConfig(schedule=schedule, schedule_options=options, warmup_steps=2)
 
     def fresh() -> tuple[nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 from pegbox import hooks
 from pegbox.context import Context
 from pegbox.errors import ConfigError, PluginError, UserError
-from pegbox.events import Event, RunBegins, Stepped
+from pegbox.events import Event, Stepped
 from pegbox.hooks import hookimpl
 from pegbox.merging import merge_groups
 from pegbox.plan import compose
@@ -50,7 +52,6 @@ def context(steps: int | None = 8, **settings: Any) -> Context:
 
 def built(model: Model, steps: int | None = 8, **settings: Any) -> Optimization:
     ctx = context(steps, **settings)
-    ctx.notify(RunBegins())
     return ctx.call(
         hooks.build_optimizer, ctx, model, merge_groups(model, ctx.each(hooks.configure_groups, ctx, model))
     )
@@ -253,10 +254,9 @@ def test_muon_without_a_hidden_matrix_is_an_error() -> None:
         ({"schedule": "warmup_stable_decay", "schedule_options": {"decay_steps": 1, "decay_ratio": 0.1}}, "remove one"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_the_model_is_loaded(settings: dict[str, Any], says: str) -> None:
-    ctx = context(**settings)
+def test_what_does_not_fit_is_refused_in_the_plan(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        ctx.notify(RunBegins())
+        context(**settings)
 
 
 @pytest.mark.parametrize(
@@ -346,3 +346,22 @@ def test_the_others_step_sharded_parameters_as_whole_ones(name: str, sharded: Mo
         train(model, built(model, name=name).optimizer, range(2))
     for one, other in zip(whole.module.parameters(), sharded.module.parameters(), strict=True):
         assert torch.equal(one, other.full_tensor())
+
+
+def test_a_plan_sees_wrong_options_and_imports_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("model: {name: tiny}\nplugins: [optim]\noptim: {name: muon, schedule: rex}\n")
+    program = f"""
+import sys
+from pegbox.errors import ConfigError
+from pegbox.plan import compose
+
+compose("{tmp_path}/c.yaml")
+try:
+    compose("{tmp_path}/c.yaml", ["optim.options.bettas=1"])
+except ConfigError as error:
+    print(error)
+assert not {{"torch", "transformers"}} & sys.modules.keys()
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "unknown key 'bettas' in section 'optim.options' (command line)" in ended.stdout
+    assert "Did you mean 'betas'" in ended.stdout

@@ -27,8 +27,10 @@ class PrmPlugin:
 
     @hookimpl
     def register_items(self) -> Sequence[Item]:
+        from pegbox_prm.health import rules
+
         doc = "Whether the step that ends at each marked token is right: 1 or 0."
-        return [Item(kind="extra", name=EXTRA, target="prm", doc=doc)]
+        return [Item(kind="extra", name=EXTRA, target="prm", doc=doc), *rules()]
 
     @hookimpl
     def configure_model(self) -> ModelOptions:

@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from datasets import Dataset
+from pegbox.plan import compose
 from pegbox.rows import UNTRAINED, Batch
 from tiny_steps import SEPARATOR, Steps
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -43,7 +44,6 @@ def rows(split: str = "train", count: int = 12) -> list[dict[str, list[int]]]:
 def same_start(base: Path, folder: Path) -> PreTrainedModel:
     """transformers' token classifier with the head that a run begins with."""
     from pegbox import hooks
-    from pegbox.plan import compose
     from pegbox.types import ModelOptions, ModelRequest
 
     ctx = compose({"model": {"name": str(base)}, "plugins": ["hf"], "output": str(folder)})
@@ -121,6 +121,9 @@ def predictions(trained: Any, row: list[int]) -> torch.Tensor:
 def test_right_steps_are_told_from_wrong_ones_and_the_folder_opens_in_transformers(train: Train) -> None:
     trained = train("run", trainer={"max_steps": 100, "eval_at_end": True})
     assert trained.metrics["eval_accuracy"] == 1.0
+    rules = compose({"model": {"name": "tiny"}, "plugins": ["prm"]}).items("health_rule")
+    assert {item.target["metric"] for item in rules.values()} <= trained.metrics.keys()
+    assert all(name.startswith("prm-") and item.target["source"] for name, item in rules.items())
     model = AutoModelForTokenClassification.from_pretrained(trained.folder).eval()
     for row in rows("eval", 4):
         with torch.no_grad():
@@ -143,7 +146,6 @@ def test_the_exported_adapter_opens_in_plain_peft(train: Train, base: Path) -> N
 
 def test_rows_of_the_format_steps_are_read(base: Path, tmp_path: Path) -> None:
     """Marks and verdicts come from a file, those of all steps or of the last ones."""
-    from pegbox.plan import compose
     from pegbox.run import execute
 
     folder = tmp_path / "model"

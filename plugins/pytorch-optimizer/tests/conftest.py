@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from pegbox import hooks
-from pegbox.events import RunBegins
 from pegbox.merging import merge_groups
 from pegbox.plan import compose
 from pegbox.testing.tiny import tiny_batches, tiny_model
@@ -31,7 +30,6 @@ def build(model: Model, **settings: Any) -> Optimization:
     section = {"schedule": "constant", **settings}
     ctx = compose({"model": {"name": "tiny"}, "plugins": ["optim", PLUGIN], "optim": section})
     ctx.total_steps = 8
-    ctx.notify(RunBegins())
     groups = merge_groups(model, ctx.each(hooks.configure_groups, ctx, model))
     return ctx.call(hooks.build_optimizer, ctx, model, groups)
 

@@ -61,6 +61,10 @@ class ReferencePlugin:
             from pegbox_reference.config import ReferenceConfig, check
 
             check(ctx, ctx.section(ReferenceConfig))
+        if isinstance(event, RunStarted):
+            from pegbox_reference.config import require_wanted
+
+            require_wanted(event.job.loss)
         if self._reference is not None and isinstance(event, RunStarted):
             self._reference.started()
         if self._reference is not None and isinstance(event, Stepped):

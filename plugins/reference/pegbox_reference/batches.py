@@ -78,6 +78,11 @@ class ReferencedRows(ReferencedLayout):
 
     _source: RowSource
 
+    @property
+    def max_steps(self) -> int | None:
+        """Optimizer steps that the config ends the run after."""
+        return self._source.max_steps
+
     def take(self) -> Sequence[tuple[int, Example]]:
         """The rows of the next step over all ranks."""
         return self._source.take()

@@ -13,8 +13,11 @@ from pydantic import model_validator
 if TYPE_CHECKING:
     from pegbox.context import Context
     from pegbox.rows import Dataset
+    from pegbox.types import Loss
 
 PLUGIN, MERGES = "reference", "relora"
+EXTRA = "reference_logps"
+"""What is brought to a batch, and what a loss that wants it says it needs (`Loss.extras`)."""
 
 
 class ReferenceConfig(Section):
@@ -72,6 +75,13 @@ def check(ctx: Context, config: ReferenceConfig) -> None:
         ConfigError: naming the setting and the plugin.
     """
     adapted = ctx.owned(hooks.apply_adapters)
+    named = config.model or ""
+    if named.startswith((".", "/", "~")) and not ctx.config.path(named).exists():
+        raise ConfigError(
+            f"reference.model is '{named}', and {ctx.config.path(named)} does not exist",
+            "A reference is a folder, a file, or a name on the hub.",
+            "Correct reference.model; a relative path starts at the config's folder.",
+        )
     if config.how == "adapter" and not adapted:
         raise ConfigError(
             "reference.how is adapter, and no plugin applies one",
@@ -111,4 +121,18 @@ def require_indexed(config: ReferenceConfig, rows: Dataset) -> None:
             f"reference.how is precomputed, and the rows of the {rows.split} split are a stream",
             "What was computed is found again by the number of a row, and the rows of a stream have none.",
             "Set reference.how to copy or adapter, or let the data section read the files as a whole.",
+        )
+
+
+def require_wanted(loss: Loss) -> None:
+    """Refuse to compute for nobody.
+
+    Raises:
+        ConfigError: the loss does not say that it needs the reference's log-probabilities.
+    """
+    if EXTRA not in getattr(loss, "extras", ()):
+        raise ConfigError(
+            "reference is in plugins, and the loss of this run compares nothing with a reference",
+            "Each step would run a model more, and nothing would be done with what it says.",
+            "Remove reference from plugins; or give the term that compares a weight, such as grpo.beta=0.04.",
         )

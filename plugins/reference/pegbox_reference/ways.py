@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from pegbox.assembly import model_request
-from pegbox.errors import ConfigError
+from pegbox.errors import ConfigError, UserError
 from pegbox.rows import ExampleStream
 
 from pegbox_reference.batches import beside
@@ -22,7 +22,6 @@ from pegbox_reference.syncing import SyncedReference
 
 if TYPE_CHECKING:
     from pegbox.context import Context
-    from pegbox.patches import PatchLog
     from pegbox.rows import BatchSource, Dataset
     from pegbox.types import Model
 
@@ -78,7 +77,7 @@ class Reference:
         """Training begins: a second model that has computed everything is let go."""
         if self.how == "precomputed" and self._computed is not None:
             if self._computed.model is not self._policy:
-                release(self._ctx.kernel.patches, self._computed.model)
+                self._ctx.kernel.patches.undo(self._computed.model)
             self._computed = None
 
     def stepped(self, step: int) -> None:
@@ -117,7 +116,14 @@ class Reference:
             dtype = str(next(self._policy.module.parameters()).dtype).removeprefix("torch.")
         if dtype != "policy":
             request = replace(request, options=replace(request.options, dtype=dtype))
-        return self._ctx.open_model("reference", request)
+        try:
+            return self._ctx.open_model("reference", request)
+        except UserError as error:
+            if config.model is None:
+                raise
+            raise ConfigError(
+                f"reference.model is '{config.model}': {error.what}", error.why, "Correct reference.model."
+            ) from error
 
     def _require_start(self, source: BatchSource, dataset: Dataset) -> None:
         """Raise unless a copy that nobody chose is the policy's start: the policy has made no step yet.
@@ -148,12 +154,3 @@ class Reference:
     def _say(self, what: str) -> None:
         if self._ctx.runtime.rank == 0:
             self._ctx.log.info("reference: %s", what)
-
-
-def release(log: PatchLog, model: Model) -> None:
-    """Take the patches of a model back and forget them, so that nothing holds it."""
-    own = set(model.module.modules())
-    for patch in reversed([patch for patch in log.applied if patch.module in own]):
-        patch.stop_counting()
-        patch.undo()
-        log.applied.remove(patch)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pegbox.errors import ConfigError
+from pegbox.errors import ConfigError, UserError
 from pegbox.hooks import hookimpl
 from pegbox.plan import compose
 from pegbox.rows import UNTRAINED, Example
@@ -138,3 +138,34 @@ def test_merging_adapters_takes_a_copy(tmp_path: Path) -> None:
     plan = config(tmp_path, "lora", "relora", "watcher", "reference", relora={"every": 2, "warmup_steps": 1})
     execute(compose(plan, instances={"tiny": tiny, "watcher": watcher}))
     assert [model.role for model in tiny.loaded] == ["policy", "reference"]
+
+
+def test_a_reference_that_is_a_path_to_nothing(tmp_path: Path) -> None:
+    tiny = Tiny()
+    with pytest.raises(ConfigError, match=r"reference\.model is '\./absent'"):
+        execute(
+            compose(
+                config(tmp_path, "watcher", "reference", reference={"model": "./absent"}),
+                instances={"tiny": tiny, "watcher": Watcher()},
+            )
+        )
+    assert not tiny.loaded
+
+
+def test_a_reference_that_does_not_load_is_named_by_its_key(tmp_path: Path) -> None:
+    class Picky(Tiny):
+        @hookimpl
+        def load_model(self, request: Any) -> Any:
+            if request.role == "reference":
+                raise UserError("no model 'another'", "The hub cannot be reached.", "Set model.name to a folder.")
+            return Tiny.load_model(self, request)
+
+    plan = config(tmp_path, "watcher", "reference", reference={"model": "another"})
+    with pytest.raises(ConfigError, match=r"(?s)reference\.model is 'another': no model.*Correct reference\.model"):
+        execute(compose(plan, instances={"tiny": Picky(), "watcher": Watcher()}))
+
+
+def test_a_reference_that_no_loss_compares_with(tmp_path: Path) -> None:
+    plan = config(tmp_path, "watcher", "reference", reference={})
+    with pytest.raises(ConfigError, match="compares nothing with a reference"):
+        execute(compose(plan, instances={"tiny": Tiny(), "watcher": Watcher(frozenset())}))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pegbox.errors import ConfigError
+from pegbox.hooks import hookimpl
 from pegbox.rows import UNTRAINED
 from pegbox.testing.tiny import tiny_model
 from reference_rows import Tiny, Watcher, expected, pair, run
@@ -41,13 +43,23 @@ def test_the_reference_is_the_model_that_the_policy_starts_from(weights: str, ho
     assert max(moved) > 0.1, "the policy has not moved: the test would prove nothing"
 
 
+class Wanting(Tiny):
+    """Its runs have a loss that says that it needs a reference, and does nothing with it."""
+
+    @hookimpl(wrapper=True)
+    def build_loss(self) -> Generator[None, Any, Any]:
+        loss = yield
+        loss.extras = frozenset({"reference_logps"})
+        return loss
+
+
 @pytest.mark.parametrize(("weights", "how"), WAYS)
 def test_a_run_beside_a_reference_is_the_same_run(weights: str, how: str, tmp_path: Path) -> None:
     """The same bits with dropout: no random number is drawn, no mode, flag or gradient is left behind."""
     adapter, losses = ["lora"] if weights == "lora" else [], []
     for folder, plugins in (("without", []), ("with", ["reference"])):
         sections = {"reference": {"how": how, "cache": str(tmp_path / "cache")}} if plugins else {}
-        tiny = Tiny(SEEDS, attention_dropout=0.1)
+        tiny = (Wanting if plugins else Tiny)(SEEDS, attention_dropout=0.1)
         run(tmp_path / folder, tiny, *adapter, "sft", *plugins, **sections)
         lines = (tmp_path / folder / "run" / "metrics.jsonl").read_text().splitlines()
         losses.append([(json.loads(line)["loss"], json.loads(line)["grad_norm"]) for line in lines])

@@ -24,4 +24,6 @@ def report(
     told = [finding for finding in findings if finding.raised]
     for finding in told:
         typer.echo(f"{finding.level}: {finding.says} ({finding.where})")
-    typer.echo(f"{len(findings) - len(told)} of {len(findings)} health rules hold; {target}")
+    judged = sum(finding.value is not None for finding in findings)
+    others = f"; {len(findings) - judged} others have no figures yet, or too few" * (judged < len(findings))
+    typer.echo(f"{judged - len(told)} of {judged} health rules hold{others}; {target}")

@@ -29,7 +29,7 @@ class Rule:
         metric: a figure of `metrics.jsonl`, such as `loss` or `eval_loss`.
         measure: a name in `MEASURES`.
         above, below: the rule is broken beyond these.
-        says: what is told then; `{value}` is the measured value.
+        says: what is told then; `{value}` is the measured value, `{value:.0%}` the same in per cent.
         advice: what to do.
         level: how bad it is.
         window: how many logged values `last`, `fall` and `rise` take together.
@@ -80,7 +80,20 @@ class Finding:
 
     @property
     def says(self) -> str:
-        return self.rule.says.format(value="?" if self.value is None else f"{self.value:.3g}")
+        return self.rule.says.format(value=Shown(self.rule.measure, self.value))
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A measured value in a sentence: shares in per cent, others as three digits, unless the sentence says how."""
+
+    measure: str
+    value: float | None
+
+    def __format__(self, spec: str) -> str:
+        if self.value is None:
+            return "?"
+        return format(self.value, spec or (".0%" if self.measure in SHARES else ".3g"))
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -126,6 +139,8 @@ MEASURES: dict[str, Callable[[Sequence[float], int], float]] = {
 share; `spike` the largest value over the median; `slowdown` what the last window lacks of the median."""
 MISSING = "missing"
 """The measure that counts what the others leave out: the share of values that are no finite numbers."""
+SHARES = (MISSING, "zeros", "fall", "rise", "slowdown")
+"""Measures that are parts of something."""
 
 
 def rule_of(name: str, target: object) -> Rule:

@@ -82,7 +82,14 @@ AFTER = (
     Panel(
         POLICY,
         "Clipped ratios",
-        (("all", "clip_ratio/region_mean"), ("low", "clip_ratio/low_mean"), ("high", "clip_ratio/high_mean")),
+        (
+            *(
+                (label, f"clip_ratio/{name}_mean")
+                for label, name in (("all", "region"), ("low", "low"), ("high", "high"))
+            ),
+            ("low, least", "clip_ratio/low_min"),
+            ("high, most", "clip_ratio/high_max"),
+        ),
         "share of tokens",
         zero=True,
     ),

@@ -6,13 +6,13 @@ Everything but `run.json` may be missing: a run that still trains, or was killed
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pegbox.errors import PegboxError, UserError
 from pegbox.folder import RECORD
 from pegbox.plan import compose
@@ -21,6 +21,7 @@ from pegbox_report.completions import Completion, read_completions, weights_of
 from pegbox_report.health import Rule, rule_of
 from pegbox_report.rules import BUILT_IN
 
+log = logging.getLogger("pegbox")
 METRICS, SAMPLES, COMPLETIONS = "metrics.jsonl", "samples", "completions.jsonl"
 CHECKPOINTS, CONFIG = "checkpoints", "config.yaml"
 
@@ -99,10 +100,10 @@ def rules_of(run: RunFiles) -> list[Rule]:
     declared: list[Rule] = []
     if config.is_file():
         try:
-            ctx = compose(dict(yaml.safe_load(config.read_text(encoding="utf-8"))))
+            ctx = compose(config)
             declared = [rule_of(name, item.target) for name, item in ctx.items("health_rule").items()]
-        except PegboxError:
-            declared = []
+        except PegboxError as error:
+            log.warning("report: the rules of the run's plugins are left out: %s", str(error).splitlines()[0])
     return [rule for rule in (*BUILT_IN, *declared) if not rule.plugins or active & set(rule.plugins)]
 
 

@@ -11,7 +11,7 @@ import pytest
 from example_run import metrics, write_run
 from pegbox.errors import PluginError
 from pegbox_report.command import report
-from pegbox_report.health import MEASURES, MISSING, examine, rule_of
+from pegbox_report.health import MEASURES, MISSING, Rule, examine, rule_of
 from pegbox_report.rules import BUILT_IN
 from pegbox_report.run_files import read_run, rules_of
 
@@ -63,6 +63,27 @@ def test_rules_say_nothing_about_figures_that_are_not_there() -> None:
     assert raised(series(loss=[2.0, 2.0])) == set()
 
 
+@pytest.mark.parametrize(
+    ("measure", "says", "expected"),
+    [
+        ("zeros", "zero in {value} of the steps", "zero in 50% of the steps"),
+        ("last", "the loss is {value}", "the loss is 0.333"),
+        ("last", "{value:.0%} of the pairs", "33% of the pairs"),
+    ],
+)
+def test_shares_are_told_in_per_cent(measure: str, says: str, expected: str) -> None:
+    rule = Rule("one", metric="loss", measure=measure, says=says, advice="", below=2.0, window=1)
+    (finding,) = examine(series(loss=[0.0, 0.0, 1.0, 1 / 3]), [rule])
+    assert finding.says == expected
+
+
+def test_only_rules_that_have_figures_are_said_to_hold(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    report(write_run(tmp_path / "dead", []), output=None)
+    assert f"0 of 0 health rules hold; {len(BUILT_IN)} others have no figures yet" in capsys.readouterr().out
+    report(write_run(tmp_path / "short", series(loss=[2.0, 1.9])), output=None)
+    assert "3 of 3 health rules hold; " in capsys.readouterr().out
+
+
 def test_rules_are_complete() -> None:
     assert len({rule.name for rule in BUILT_IN}) == len(BUILT_IN)
     for rule in BUILT_IN:
@@ -94,6 +115,13 @@ def test_a_plugin_adds_a_rule_of_its_own(tmp_path: Path, capsys: pytest.CaptureF
     report(folder, output=None)
     assert "warning: the entropy fell to 0.001" in capsys.readouterr().out
     assert "The entropy fell to 0.001" in (folder / "report.html").read_text()
+
+
+def test_rules_that_cannot_be_read_are_missed_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / "config.yaml").write_text("model: {name: m}\nplugins: [not-there]\n")
+    assert {rule.name for rule in rules_of(read_run(folder))} == {rule.name for rule in BUILT_IN}
+    assert "are left out: plugin 'not-there' is not installed" in caplog.text
 
 
 @pytest.mark.parametrize(

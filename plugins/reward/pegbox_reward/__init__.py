@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
 from pegbox.hooks import hookimpl
-from pegbox.types import ConfigSection
+from pegbox.types import ConfigSection, Item
 
 if TYPE_CHECKING:
     from pegbox.context import Context
+    from pegbox.rows import Dataset
     from pegbox.types import Loss, ModelOptions
 
 
 class RewardPlugin:
-    """Owns `build_loss`, and asks for a model that predicts one number for a sequence."""
+    """Owns `build_loss`, asks for a model that predicts one number for a sequence, and looks at the rows."""
 
     @hookimpl
     def register_config(self) -> ConfigSection:
@@ -22,10 +24,26 @@ class RewardPlugin:
         return ConfigSection(schema=RewardConfig)
 
     @hookimpl
+    def register_items(self) -> Sequence[Item]:
+        from pegbox_reward.health import rules
+
+        return rules()
+
+    @hookimpl
     def configure_model(self) -> ModelOptions:
         from pegbox.types import ModelOptions
 
         return ModelOptions(classify="sequence", labels=1)
+
+    @hookimpl(wrapper=True)
+    def build_dataset(self, ctx: Context) -> Generator[None, Dataset | None, Dataset | None]:
+        """Look at the rows before a model is loaded; they are passed on as they are."""
+        from pegbox_reward.config import require_pair_rows
+
+        rows = yield
+        if rows is not None and ctx.purpose == "run":
+            require_pair_rows(rows)
+        return rows
 
     @hookimpl
     def build_loss(self, ctx: Context) -> Loss:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,10 +54,12 @@ def ours(model: PreTrainedModel, batch: Batch, loss: RewardLoss) -> dict[str, to
 
 @pytest.fixture
 def theirs(base: Path, tmp_path: Path) -> Callable[..., tuple[PreTrainedModel, dict[str, float]]]:
-    """TRL's loss and metrics on the pairs, its gradients left in the model."""
+    """TRL's loss and metrics on the pairs, its gradients left in the model, or in the rewards that stand for one."""
     from trl import RewardConfig, RewardTrainer
 
-    def run(margins: bool, center: float | None) -> tuple[PreTrainedModel, dict[str, float]]:
+    def run(
+        margins: bool, center: float | None, rewards_B1: torch.Tensor | None = None
+    ) -> tuple[PreTrainedModel, dict[str, float]]:
         rows = [{"chosen_ids": chosen, "rejected_ids": rejected} for chosen, rejected in PAIRS]
         rows = [{**row, "margin": margin} for row, margin in zip(rows, MARGINS, strict=True)] if margins else rows
         arguments = RewardConfig(
@@ -73,7 +76,8 @@ def theirs(base: Path, tmp_path: Path) -> Callable[..., tuple[PreTrainedModel, d
             model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
         )
         inputs = trainer.data_collator(rows)
-        loss = trainer.compute_loss(model, dict(inputs))
+        fixed = None if rewards_B1 is None else lambda **_: SimpleNamespace(logits=rewards_B1)
+        loss = trainer.compute_loss(fixed or model, dict(inputs))
         loss.backward()
         seen = {name: values[-1] for name, values in trainer._metrics["train"].items()}
         return model, {"loss": loss.item(), **seen}
@@ -93,6 +97,29 @@ def test_loss_gradients_and_metrics_equal_trls(
         assert float(seen[name]) == pytest.approx(float(expected[name]), rel=1e-5, abs=1e-6), name
     for (name, mine), their in zip(model.named_parameters(), other.parameters(), strict=True):
         assert float((mine.grad - their.grad).norm()) <= 1e-5 * float(their.grad.norm()), name
+
+
+@pytest.mark.parametrize("spread", [0.3, 3.0, 30.0])
+@pytest.mark.parametrize("margins", [False, True])
+@pytest.mark.parametrize("center", [None, 0.01, 0.7])
+def test_on_fixed_rewards_the_gradient_of_each_reward_equals_trls(
+    margins: bool, center: float | None, spread: float, theirs: Callable[..., tuple[PreTrainedModel, dict[str, float]]]
+) -> None:
+    rewards_D = spread * torch.randn(2 * len(PAIRS), generator=torch.Generator().manual_seed(5))
+    their_B1 = torch.cat([rewards_D[::2], rewards_D[1::2]])[:, None].requires_grad_()
+    _, expected = theirs(margins, center, their_B1)
+    batch, loss = batch_of(margins), RewardLoss(margin=margins, center=center or 0.0)
+    values_BTC = torch.full((*batch.input_ids_BT.shape, 1), 7.0)
+    values_BTC.view(-1)[batch.last_D] = rewards_D
+    output, counts = loss(batch, Outputs(values_BTC=values_BTC.requires_grad_())), loss.counts(batch)
+    value = sum(term.weight * term.total / counts[term.name] for term in output.terms)
+    value.backward()
+    seen = {"loss": value.detach(), **{metric.name: metric.total / metric.count for metric in output.metrics}}
+    for name in ("loss", *METRICS):
+        assert float(seen[name]) == pytest.approx(float(expected[name]), rel=1e-5, abs=1e-6), name
+    gradient_D = values_BTC.grad.flatten()[batch.last_D]
+    torch.testing.assert_close(gradient_D, their_B1.grad.view(2, -1).T.flatten(), rtol=1e-5, atol=1e-6)
+    assert values_BTC.grad.count_nonzero() == gradient_D.count_nonzero() > 0
 
 
 def test_the_gradient_is_that_of_finite_differences() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from pegbox.plan import compose
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 Train = Callable[..., Any]
@@ -62,13 +63,16 @@ def test_the_exported_adapter_gives_the_runs_rewards_in_plain_peft(train: Train,
     assert {name.split(".modules_to_save")[0] for name in trained.weights() if "lora_" not in name} == {"score"}
 
 
-def test_the_chosen_answers_win(train: Train) -> None:
+def test_the_chosen_answers_win_and_health_rules_look_at_what_is_logged(train: Train) -> None:
     trained = train("run", trainer={"max_steps": 30, "eval_at_end": True})
     assert trained.metrics["eval_accuracy"] == 1.0
     assert trained.metrics["eval_margin"] > 0.5
     assert trained.metrics["eval_loss"] < 0.7
     logged = [json.loads(line) for line in (trained.folder / "metrics.jsonl").read_text().splitlines()]
     assert {"loss", "accuracy", "margin", "mean_reward", "min_reward", "max_reward"} <= logged[0].keys()
+    rules = compose({"model": {"name": "tiny"}, "plugins": ["reward"]}).items("health_rule")
+    assert {item.target["metric"] for item in rules.values()} <= trained.metrics.keys()
+    assert all(name.startswith("reward-") and item.target["source"] for name, item in rules.items())
 
 
 @pytest.mark.parametrize(
@@ -101,3 +105,19 @@ def test_a_stopped_run_goes_on_with_the_same_bits(more: dict[str, Any], train: T
     resumed = train("run", **more)
     for name, weight in whole.weights().items():
         assert torch.equal(resumed.weights()[name], weight), name
+
+
+def test_rows_that_are_no_pairs_are_refused_before_a_model_is_loaded() -> None:
+    from pegbox import hooks
+    from pegbox.errors import DataError
+    from pegbox.plan import compose
+    from pegbox.testing.tiny import TinyExamples, tiny_processor
+
+    class Texts:
+        @hooks.hookimpl
+        def build_dataset(self) -> TinyExamples:
+            return TinyExamples(["one", "two"])
+
+    ctx = compose({"model": {"name": "absent"}, "plugins": ["texts", "reward"]}, instances={"texts": Texts()})
+    with pytest.raises(DataError, match=r"(?s)text 0 is no pair.*Give the data the format preference"):
+        ctx.call(hooks.build_dataset, ctx, tiny_processor(), "train")

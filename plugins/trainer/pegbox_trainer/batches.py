@@ -121,6 +121,7 @@ class TrainBatches(RowBatches):
         self._step_rows = config.batch or config.micro_batch * config.accumulation * self._ranks
         self._spans = isinstance(self._windows, StreamWindows)
         self._step, self._window, self._taken = 0, 0, 0
+        self.max_steps = config.max_steps
         self.total_steps: int | None = config.max_steps or self._steps_of_epochs()
 
     @property

@@ -45,7 +45,7 @@ class BestCheckpoint:
                 "Only the trainer's own store knows a checkpoint that stays.",
                 "Set use: {open_checkpoints: trainer}, or remove trainer.best.",
             )
-        return cls(config.best, config.best_is == "lowest", store)
+        return cls(config.best, config.best_is != "highest", store)
 
     def see(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Whether this evaluation is the best so far; then the checkpoint of its step is the one to keep.

@@ -23,19 +23,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from pegbox.errors import PegboxError, RunError
 from pegbox.record import Stateful
 from pegbox.types import Checkpoint, Model, Optimization
+from torch.optim.lr_scheduler import LambdaLR
 
 from pegbox_trainer.config import TrainerConfig
 from pegbox_trainer.record import versions
 from pegbox_trainer.runtime import seed_process
 from pegbox_trainer.states import (
+    FOLDER,
     random_state,
     read_state,
     restore_random_state,
     sync_path,
     sync_tree,
+    undamaged,
     write_state,
 )
 
@@ -62,7 +66,7 @@ class FolderStore:
     @classmethod
     def open(cls, ctx: Context) -> FolderStore:
         """Open the store; what a killed process left half-written is removed."""
-        store = cls(ctx, ctx.folder / "checkpoints", ctx.section(TrainerConfig).keep)
+        store = cls(ctx, ctx.folder / FOLDER, ctx.section(TrainerConfig).keep)
         store._together("open", store._clean, rank=0)
         return store
 
@@ -94,11 +98,13 @@ class FolderStore:
             RunError: another number of processes, a state that is missing or that nobody claims.
         """
         folder, rank = checkpoint.path, self.ctx.runtime.rank
-        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        with undamaged(folder / META):
+            meta = json.loads((folder / META).read_text(encoding="utf-8"))
         self._check(folder, meta)
         assert model.placement is not None, "a model is restored after it was placed"
         model.placement.load(folder, optimization.optimizer)
         optimization.schedule.load_state_dict(read_state(folder / "schedule.pt"))
+        _follow(optimization.schedule)
         same = meta["world_size"] == self.ctx.runtime.world_size
         for key, state in self.ctx.states.items():
             if same or _scope(state) == "global":
@@ -240,6 +246,20 @@ def _empty(folder: Path) -> None:
 def _elastic(state: Stateful) -> bool:
     """Whether a state of each rank can be made of those of another number of ranks: `load_rank_states(states)`."""
     return hasattr(state, "load_rank_states")
+
+
+def _follow(schedule: object) -> None:
+    """Set the rates of the next step by this run's schedule: a run that was made longer has another than its start."""
+    if not isinstance(schedule, LambdaLR):
+        return
+    schedule._last_lr = [
+        base * factor(schedule.last_epoch) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def _scope(state: Stateful) -> str:

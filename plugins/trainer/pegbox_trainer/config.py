@@ -83,7 +83,9 @@ class TrainerConfig(Section):
         None,
         "A metric of evaluations, such as eval_loss: the checkpoint where it was best stays, and is what is exported.",
     )
-    best_is: Literal["lowest", "highest"] = setting("lowest", "Which value of `best` is the best.")
+    best_is: Literal["lowest", "highest"] | None = setting(
+        None, "Which value of `best` is the best; not set: the lowest, if its name ends in `loss`."
+    )
     device: Literal["auto", "cpu"] = setting("auto", "Where to train; auto takes an accelerator if there is one.")
     deterministic: bool = setting(
         False, "Use deterministic algorithms only, so that two runs on one GPU agree bit for bit; slower."
@@ -101,9 +103,14 @@ class TrainerConfig(Section):
 
     @model_validator(mode="after")
     def _best_is_evaluated(self) -> TrainerConfig:
-        if self.best is None and self.best_is != "lowest":
+        if self.best is None and self.best_is == "highest":
             raise ValueError(
                 "best_is says which value of `best` is the best, but best is not set; set it, or remove this"
+            )
+        if self.best is not None and self.best_is is None and not self.best.endswith("loss"):
+            raise ValueError(
+                f"best is {self.best}, and best_is does not say which of its values is the best: set it to highest or "
+                "lowest"
             )
         if self.best is not None and self.eval_every is None and self.evals_per_epoch is None:
             raise ValueError("best needs evaluations to choose from, but eval_every is not set; set it, or remove best")

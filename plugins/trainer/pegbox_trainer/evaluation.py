@@ -13,21 +13,21 @@ from pegbox.types import Loss, Model
 from torch import Tensor, nn
 
 from pegbox_trainer.finiteness import without_tensors
-from pegbox_trainer.metrics import Sums
+from pegbox_trainer.metrics import Extremes, Sums
 from pegbox_trainer.normalization import refuse_split
 
 if TYPE_CHECKING:
     from pegbox.types import Runtime
 
 
-def evaluate(runtime: Runtime, model: Model, loss: Loss, source: BatchSource) -> dict[str, float]:
+def evaluate(runtime: Runtime, model: Model, loss: Loss, source: BatchSource, extremes: Extremes) -> dict[str, float]:
     """`eval_loss`, and `eval_<name>` for each of several terms and each further figure; waits for the device.
 
     Raises:
         RunError: a loss is not finite, or the held-out rows have no trained token.
     """
     assert model.forward is not None, "a model is evaluated after it was placed"
-    terms, further = Sums(runtime.device), Sums(runtime.device)
+    terms, further = Sums(runtime.device, {}), Sums(runtime.device, extremes)
     weights: dict[str, float] = {}
     seen: list[tuple[Batch, Tensor]] = []
     with _evaluating(model.module), torch.no_grad():
@@ -43,7 +43,7 @@ def evaluate(runtime: Runtime, model: Model, loss: Loss, source: BatchSource) ->
                 total = torch.stack([term.total.detach().float() for term in output.terms]).sum()
                 seen.append((without_tensors(batch), torch.isfinite(total)))
     _refuse_non_finite(runtime, source, seen)
-    means = terms.means(runtime)
+    means = terms.values(runtime)
     if not means:
         raise RunError(
             "the held-out rows have no trained token",
@@ -53,7 +53,7 @@ def evaluate(runtime: Runtime, model: Model, loss: Loss, source: BatchSource) ->
     metrics = {"eval_loss": sum(weights[name] * mean for name, mean in means.items())}
     if len(means) > 1:
         metrics.update((f"eval_{name}", mean) for name, mean in means.items())
-    metrics.update((f"eval_{name}", mean) for name, mean in further.means(runtime).items())
+    metrics.update((f"eval_{name}", mean) for name, mean in further.values(runtime).items())
     return metrics
 
 

@@ -37,7 +37,7 @@ from pegbox_trainer.config import TrainerConfig
 from pegbox_trainer.evaluation import evaluate
 from pegbox_trainer.finiteness import FiniteWatch, StepTrace, without_tensors
 from pegbox_trainer.interruption import Interruption
-from pegbox_trainer.metrics import Meter, MetricsFile
+from pegbox_trainer.metrics import Meter, MetricsFile, declared_extremes
 from pegbox_trainer.normalization import StepCounts, count_step
 from pegbox_trainer.progress import RunProgress
 from pegbox_trainer.runtime import resolve_precision, seed_process
@@ -64,7 +64,8 @@ class TrainingLoop:
         self.step = 0
         self.precision = resolve_precision(self.config, self.runtime.device)
         self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.precision == "fp16")
-        self.meter = Meter(self.runtime)
+        self.extremes = declared_extremes(ctx)
+        self.meter = Meter(self.runtime, self.extremes)
         self.watch = FiniteWatch(self.runtime, job.train)
         self.file = MetricsFile(ctx.folder / "metrics.jsonl", writes=self.runtime.rank == 0)
         self.progress = RunProgress(self.config.progress, self.total_steps, shown=self.runtime.rank == 0)
@@ -277,7 +278,7 @@ class TrainingLoop:
     def _evaluate(self) -> None:
         assert self.job.eval is not None, "callers ask"
         with self.meter.pause():
-            metrics = evaluate(self.runtime, self.job.model, self.job.loss, self.job.eval)
+            metrics = evaluate(self.runtime, self.job.model, self.job.loss, self.job.eval, self.extremes)
         self.evaluated_at = self.step
         self.latest |= metrics
         self.file.append("eval", self.step, metrics)

@@ -3,21 +3,27 @@
 `metrics.jsonl` holds one JSON object per logged step (`kind: train`) and per evaluation (`kind: eval`). Every
 field but those in `WALL_CLOCK` depends on the config, the data and the seed alone: a run that is resumed
 writes the same file as one that never stopped.
+
+A figure is a mean, the sum of totals over the sum of counts, unless a plugin declares `Item(kind="metric", name=...,
+target="min")` or `"max"`: then it is the extreme of the totals of its terms that count anything. Both are exact over
+micro-batches, ranks, the steps of a logged window, and a resume.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pegbox.errors import PluginError
 from pegbox.rows import Batch
 from pegbox.types import Term
 from torch import Tensor
@@ -25,6 +31,7 @@ from torch import Tensor
 from pegbox_trainer.normalization import StepCounts, wide_dtype
 
 if TYPE_CHECKING:
+    from pegbox.context import Context
     from pegbox.types import Runtime
 
 WALL_CLOCK = ("elapsed_s", "tokens_per_s", "peak_memory_bytes", "generate_s", "score_s", "learn_s")
@@ -62,11 +69,48 @@ class MetricsFile:
                 os.fsync(file.fileno())
 
 
-class Sums:
-    """Totals and counts by name, summed without waiting for the device."""
+@dataclass(frozen=True)
+class Extreme:
+    """How the values of an extreme become one: on the device, on the host, and what nothing is."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    of_tensors: Callable[[Tensor, Tensor], Tensor]
+    of_numbers: Callable[[float, float], float]
+    nothing: float
+
+    def value(self, term: Term, total: Tensor) -> Tensor:
+        """What a term says, or nothing where it counts nothing."""
+        if isinstance(term.count, Tensor):
+            return torch.where(term.count > 0, total, self.nothing)
+        return total if term.count else torch.full_like(total, self.nothing)
+
+
+EXTREMES = {"min": Extreme(torch.minimum, min, math.inf), "max": Extreme(torch.maximum, max, -math.inf)}
+Extremes = Mapping[str, Extreme]
+"""Figures that are extremes, by name."""
+
+
+def declared_extremes(ctx: Context) -> Extremes:
+    """The figures that active plugins declare as extremes.
+
+    Raises:
+        PluginError: one is to be neither the smallest nor the largest.
+    """
+    items = ctx.items("metric")
+    for name, item in items.items():
+        if item.target not in EXTREMES:
+            raise PluginError(
+                f"the metric '{name}' is declared as '{item.target}'",
+                "A figure is a mean unless it is declared as min or max.",
+                "Fix the plugin whose register_items names it.",
+            )
+    return {name: EXTREMES[str(item.target)] for name, item in items.items()}
+
+
+class Sums:
+    """Totals and counts by name, summed without waiting for the device; of extremes the totals' smallest or largest."""
+
+    def __init__(self, device: torch.device, extremes: Extremes) -> None:
+        self._device, self._extremes = device, extremes
         self._totals: dict[str, Tensor] = {}
         self._counts: dict[str, float | Tensor] = {}
 
@@ -74,18 +118,24 @@ class Sums:
         """Add what one micro-batch contributes to each term."""
         for term in terms:
             total = term.total.detach().to(wide_dtype(self._device))
-            self._totals[term.name] = self._totals[term.name] + total if term.name in self._totals else total
+            extreme, join = self._extremes.get(term.name), torch.add
+            if extreme is not None:
+                total, join = extreme.value(term, total), extreme.of_tensors
+            self._totals[term.name] = join(self._totals[term.name], total) if term.name in self._totals else total
             self._counts[term.name] = self._counts.get(term.name, 0.0) + term.count  # type: ignore[operator]
 
-    def means(self, runtime: Runtime) -> dict[str, float]:
-        """Totals over counts of all ranks, by name, where anything was counted; waits for the device."""
+    def values(self, runtime: Runtime) -> dict[str, float]:
+        """Totals over counts of all ranks, and extremes, where anything was counted; waits for the device."""
         local = [(name, total.item(), float(self._counts[name])) for name, total in self._totals.items()]
         totals: dict[str, tuple[float, float]] = {}
         for gathered in runtime.gather_objects(local):
             for name, total, count in gathered:  # type: ignore[attr-defined]
-                before = totals.get(name, (0.0, 0.0))
-                totals[name] = before[0] + total, before[1] + count
-        return {name: total / count for name, (total, count) in totals.items() if count}
+                before, extreme = totals.get(name), self._extremes.get(name)
+                join = operator.add if extreme is None else extreme.of_numbers
+                totals[name] = (total, count) if before is None else (join(before[0], total), before[1] + count)
+        return {
+            name: total if name in self._extremes else total / count for name, (total, count) in totals.items() if count
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -113,8 +163,8 @@ class Meter:
     A checkpoint keeps it, so that one between two logged steps changes nothing of what is logged.
     """
 
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
+    def __init__(self, runtime: Runtime, extremes: Extremes) -> None:
+        self._runtime, self._extremes = runtime, extremes
         self.trained_tokens = 0
         self._elapsed_before_s = 0.0
         self._started = self._since = time.perf_counter()
@@ -126,7 +176,7 @@ class Meter:
         self._values_K = self._trained = torch.zeros(
             (), dtype=wide_dtype(self._runtime.device), device=self._runtime.device
         )
-        self._further = Sums(self._runtime.device)
+        self._further = Sums(self._runtime.device, self._extremes)
         self._grad_norm = self._values_K
         self._learning_rate = 0.0
 
@@ -161,7 +211,7 @@ class Meter:
         metrics = dict(zip(self._names, (self._values_K / self._steps).tolist(), strict=True))
         if len(self._names) == 2:
             del metrics[self._names[1]]
-        metrics.update(self._further.means(self._runtime))
+        metrics.update(self._further.values(self._runtime))
         metrics |= {"grad_norm": self._grad_norm.item(), "learning_rate": self._learning_rate}
         self.trained_tokens += round(self._trained.item())
         tokens = sum(self._runtime.gather_objects(self._tokens))  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pegbox_trainer.config import Precision, TrainerConfig
 from pegbox_trainer.runtime import resolve_precision
-from pegbox_trainer.states import read_state, write_state
+from pegbox_trainer.states import read_state, undamaged, write_state
 
 if TYPE_CHECKING:
     from pegbox.context import Context
@@ -110,7 +110,8 @@ class ReplicatedPlacement:
     def load(self, folder: Path, optimizer: Optimizer) -> None:
         if not (folder / WEIGHTS).is_file():
             raise _other_placement(folder)
-        saved = load_file(folder / WEIGHTS)
+        with undamaged(folder / WEIGHTS):
+            saved = load_file(folder / WEIGHTS)
         present: dict[str, Tensor] = {**dict(self._module.named_buffers()), **self._trained}
         unlike = sorted(saved.keys() - present.keys() | self._trained.keys() - saved.keys())
         unlike += [name for name in saved if name not in unlike and saved[name].shape != present[name].shape]

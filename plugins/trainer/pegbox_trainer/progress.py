@@ -12,6 +12,8 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+ACCURACIES = ("rewards/accuracies", "accuracy")
+"""How methods of preferences call the share of answers that are told apart; lines begin with what says most."""
 Style = Literal["auto", "bar", "lines", "none"]
 
 
@@ -90,7 +92,8 @@ class RunProgress:
 
 def _short(metrics: Mapping[str, float]) -> str:
     reward = f"reward {metrics['reward']:.4f}  " if "reward" in metrics else ""
+    told_apart = next((f"accuracy {metrics[name]:.2f}  " for name in ACCURACIES if name in metrics), "")
     return (
-        f"{reward}loss {metrics['loss']:.4f}  grad norm {metrics['grad_norm']:.3f}  lr {metrics['learning_rate']:.2e}  "
-        f"{metrics['tokens_per_s']:,.0f} tokens/s"
+        f"{reward}loss {metrics['loss']:.4f}  {told_apart}grad norm {metrics['grad_norm']:.3f}  "
+        f"lr {metrics['learning_rate']:.2e}  {metrics['tokens_per_s']:,.0f} tokens/s"
     )

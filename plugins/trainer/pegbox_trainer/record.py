@@ -1,7 +1,8 @@
 """What a run writes about itself, so that it can be explained and repeated after it ended.
 
 `run.json` holds the plan (with every key of the config and where it came from), the versions, the fingerprints of
-the data, and how the run ended; `config.yaml` is the resolved config. Each is written whole or not at all.
+the data, and how the run ended; `config.yaml` is the resolved config, which runs from anywhere. Each is written whole
+or not at all.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class RunRecord:
             ctx.folder.mkdir(parents=True, exist_ok=True)
             # First: a folder without it is not taken for a run's, and could not be resumed after a kill.
             record._write()
-            resolved = yaml.safe_dump(ctx.config.resolved(), sort_keys=False, allow_unicode=True)
+            resolved = yaml.safe_dump(ctx.config.record(ctx.folder), sort_keys=False, allow_unicode=True)
             _replace(ctx.folder / CONFIG, resolved)
         return record
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pegbox.context import Context
 
 FREE = (
-    *("output", "resume", "plugins.*", "data.cache", "data.workers", "hf.cache"),
+    *("output", "resume", "paths_from", "plugins.*", "data.cache", "data.workers", "hf.cache"),
     *(
         f"trainer.{name}"
         for name in ("max_steps", "epochs", "micro_batch", "accumulation", "batch", "eval_micro_batch")
@@ -69,11 +69,15 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any], defaults: set[st
 
 
 def _other_plugins(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Plugins that came or went and do more than watch, by the hooks that each of the two plans gives them."""
+    """Plugins that came, went, or have another file, and do more than watch, by the hooks that the two plans give."""
     free = {free.removesuffix(".*") for free in FREE}
     then_acting, now_acting = _acting(before) - free, _acting(now) - free
     yield from (f"the plugin {name} was active, is not now" for name in sorted(then_acting - now_acting))
     yield from (f"the plugin {name} was not active, is now" for name in sorted(now_acting - then_acting))
+    then, today = ({part["name"]: part["from"] for part in plan["plugins"]} for plan in (before, now))
+    for name in sorted(then_acting & now_acting):
+        if today[name].startswith("file ") and today[name] != then[name]:
+            yield f"the plugin {name} was {then[name]}, is now {today[name]}"
 
 
 def _acting(plan: Mapping[str, Any]) -> set[str]:

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import os
 import random
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
 import torch
@@ -76,11 +79,32 @@ def build_runtime(ctx: Context) -> ProcessRuntime:
         ctx.exit.push(partial(_leave, state))
     runtime = ProcessRuntime(state)
     _check(runtime, config)
+    if runtime.rank == 0:
+        require_writable(ctx.folder)
     runtime.precision = resolve_precision(config, runtime.device)
     if config.deterministic:
         _compute_deterministically(ctx)
     seed_process(ctx.rng("trainer/setup"))
     return runtime
+
+
+def require_writable(folder: Path) -> None:
+    """Raise ConfigError if a run could not write into its folder; nothing of the attempt stays."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"output: {folder} cannot be written ({error.strerror})",
+            "A run keeps its record, its checkpoints and what it made there.",
+            "Type output=FOLDER with one that you may write to.",
+        ) from error
+    finally:
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
 
 
 def resolve_precision(config: TrainerConfig, device: torch.device) -> Precision:

@@ -9,13 +9,17 @@ from __future__ import annotations
 import os
 import random
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
-from pegbox.errors import PluginError
+from pegbox.errors import PluginError, RunError
 
+FOLDER = "checkpoints"
+"""Where the checkpoints of a run lie, each in a folder of its own."""
 PLAIN = (
     type(None), bool, int, float, complex, str, bytes, torch.Tensor, torch.dtype, torch.device, torch.Size,
 )  # fmt: skip
@@ -40,8 +44,28 @@ def write_state(path: Path, state: object, owner: str) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Read a state back, tensors on the CPU."""
-    return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+    """Read a state back, tensors on the CPU.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    with undamaged(path):
+        return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def undamaged(path: Path) -> Iterator[None]:
+    """Reading a file of a checkpoint, within which any failure means that it is damaged."""
+    try:
+        yield
+    except Exception as error:  # whatever the readers of JSON, zip files, pickles and safetensors raise
+        own = next((folder for folder in path.parents if folder.parent.name == FOLDER), path.parent)
+        others = sorted(other.name for other in own.parent.glob("step-*") if other != own)
+        raise RunError(
+            f"{path} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}",
+            "It was whole when it was written: the checkpoint is damaged.",
+            f"Type resume=NAME with another checkpoint: {', '.join(others)}" if others else "Start a new run.",
+        ) from error
 
 
 def _first_not_plain(value: object, place: str) -> tuple[str, object] | None:

@@ -51,10 +51,11 @@ def test_an_evaluation_before_the_first_step_is_not_the_best(config: Any, tmp_pa
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"best": "eval_los"}, "trainer.best is eval_los, which the evaluation does not give"),
+        ({"best": "eval_los", "best_is": "lowest"}, "trainer.best is eval_los, which the evaluation does not give"),
         ({"best": "eval_loss", "tiny": {"eval_rows": 0}}, "there are no held-out rows"),
         ({"best": "eval_loss", "eval_every": None}, "eval_every is not set"),
         ({"best_is": "highest"}, "best is not set"),
+        ({"best": "eval_reward"}, "best_is does not say which of its values is the best"),
     ],
 )
 def test_what_cannot_be_chosen_is_an_error(config: Any, keys: dict[str, Any], message: str) -> None:

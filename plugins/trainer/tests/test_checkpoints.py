@@ -6,6 +6,7 @@ Kills at any moment are in test_resume.py.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,17 @@ def test_a_checkpoint_of_another_format_is_refused(config: Any, tmp_path: Path) 
     meta.write_text(meta.read_text().replace('"format": 2', '"format": 1'))
     with pytest.raises(RunError, match="has checkpoint format 1, this version reads 2"):
         run(config(max_steps=4, resume="auto"))
+
+
+@pytest.mark.parametrize("file", ["meta.json", "model.safetensors", "optimizer.pt", "schedule.pt"])
+def test_a_damaged_checkpoint_is_named_with_those_to_go_on_from(config: Any, tmp_path: Path, file: str) -> None:
+    run(config(max_steps=4, save_every=2))
+    damaged = checkpoint(tmp_path / "run", 4) / file
+    damaged.write_bytes(damaged.read_bytes()[:10])
+    with pytest.raises(RunError, match=rf"step-00000004/{re.escape(file)} cannot be read: \S+") as failure:
+        run(config(max_steps=6, resume="auto"))
+    assert failure.value.next == "Type resume=NAME with another checkpoint: step-00000002"
+    assert run(config(max_steps=6, resume="step-00000002")).step == 6
 
 
 def test_a_checkpoint_of_other_parameters_is_refused(config: Any, tmp_path: Path) -> None:

@@ -329,3 +329,30 @@ def test_trained_parameters_alone_are_in_a_checkpoint(config: Any, tmp_path: Pat
     from safetensors.torch import load_file
 
     assert list(load_file(checkpoint(tmp_path / "run", 3) / "model.safetensors")) == ["lm_head.weight"]
+
+
+def test_an_output_that_cannot_be_written_is_told_before_a_model_is_loaded(config: Any, tmp_path: Path) -> None:
+    class Loads:
+        @hookimpl
+        def configure_model(self) -> Any:
+            raise AssertionError("a model was asked for")
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"output: \S+file/run cannot be written \(Not a directory\)"):
+        run(config(output="file/run", plugins=["loads"]), loads=Loads())
+    with pytest.raises(AssertionError, match="a model was asked for"):
+        run(config(output="new/run", plugins=["loads"]), loads=Loads())
+    assert not (tmp_path / "new").exists(), "nothing of the attempt stays"
+
+
+@pytest.mark.parametrize("name", ["rewards/accuracies", "accuracy"])
+def test_lines_of_preferences_say_how_many_answers_are_told_apart(name: str, capsys: pytest.CaptureFixture) -> None:
+    from pegbox_trainer.progress import RunProgress
+
+    figures = {"loss": 0.5, "grad_norm": 1.0, "learning_rate": 1e-3, "tokens_per_s": 10.0, "tokens_per_step": 5.0}
+    with RunProgress("lines", 4, shown=True) as progress:
+        progress.logged(2, {**figures, name: 0.75})
+        progress.logged(4, figures)
+    lines = capsys.readouterr().out.splitlines()
+    assert "loss 0.5000  accuracy 0.75  grad norm" in lines[0]
+    assert "accuracy" not in lines[1]

@@ -166,6 +166,16 @@ def test_a_stopped_run_goes_on_when_more_steps_are_asked_for(config: Any, tmp_pa
     assert_same_tree(ours, theirs)
 
 
+def test_a_finished_run_that_is_made_longer_takes_the_rates_of_the_longer_run(config: Any, tmp_path: Path) -> None:
+    falling = {"schedule": "linear"}
+    run(config(max_steps=4, adamw=falling))
+    run(config(max_steps=8, adamw=falling, resume="auto"))
+    run(config(output="whole", max_steps=8, adamw=falling))
+    ours, theirs = ([one["learning_rate"] for one in records(tmp_path / name)] for name in ("run", "whole"))
+    assert ours[4:] == theirs[4:]
+    assert ours[4] > 0
+
+
 def test_an_output_that_holds_a_run_is_refused_without_resume(config: Any) -> None:
     run(config(max_steps=1))
     with pytest.raises(UserError, match="already holds a run"):

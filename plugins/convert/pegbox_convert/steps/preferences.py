@@ -105,8 +105,10 @@ def reference(c: Conversion) -> None:
     c.start("reference")
     before = c.get("precompute_ref_log_probs")
     if before is not None and flag(before):
-        if c.method == "kto":
-            c.later("precompute_ref_log_probs", "beside kto the reference computes in each step: leave it out")
+        if c.method == "kto" and c.get("loss_type") != "apo_zero_unpaired":
+            c.later(
+                "precompute_ref_log_probs", "of the KL term of kto the reference computes in each step: leave it out"
+            )
         else:
             c.put("reference.how", "precomputed", "precompute_ref_log_probs")
     if not quiet(c.get("ref_model")):
