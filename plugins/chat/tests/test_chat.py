@@ -139,6 +139,19 @@ def run_folder(path: Path, **hf: object) -> Path:
     return path
 
 
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("config.json", {"architectures": ["LlamaForSequenceClassification"]}),
+        ("adapter_config.json", {"task_type": "TOKEN_CLS"}),
+    ],
+)
+def test_a_reward_model_does_not_talk(tmp_path: Path, file: str, said: dict[str, object]) -> None:
+    (run_folder(tmp_path / "judge") / file).write_text(json.dumps(said))
+    with pytest.raises(UserError, match=r"judge gives numbers and no words"):
+        config_for(str(tmp_path / "judge"))
+
+
 def test_a_run_that_was_not_exported_says_how_to_go_on(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no model yet") as raised:
         chat(str(run_folder(tmp_path / "run")), message="Hi")

@@ -29,7 +29,7 @@ from pegbox_data.formats import TEMPLATES
 from pegbox_data.lengths import LengthRule, View, apply, joined
 from pegbox_data.mixing import first_of_equal, shuffled, weighted
 from pegbox_data.pieces import Piece, PieceWriter
-from pegbox_data.report import PartReport, summary
+from pegbox_data.report import PartReport, nothing_left, summary
 from pegbox_data.rows import ALONE, RowEncoder, chunks, worker_count
 from pegbox_data.twins import with_templates
 
@@ -175,12 +175,7 @@ class Datasets:
 
     def _examples(self, loaded: Loaded, view: View, split: Split) -> ViewExamples:
         if not len(view):
-            raise DataError(
-                f"no row is left in the split '{split}'",
-                f"All {loaded.offsets[-1]:,} rows are longer than data.max_length ({self._config.max_length}), shorter "
-                f"than data.min_length ({self._config.min_length}), or held out.",
-                "Set data.max_length higher, or data.overlong: truncate.",
-            )
+            raise nothing_left(split, loaded.offsets[-1], self.report, self._config)
         fingerprint, longest = self._fingerprint(loaded, split), self._rule.longest
         examples = ViewExamples(loaded.pieces, loaded.names, view, split, fingerprint, longest)
         self._say(summary(split, examples.lengths, examples.trained_tokens), once=True)

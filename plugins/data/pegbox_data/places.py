@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,14 @@ class FilePart:
             yield from self.source.read(self.file, self.options, start)
         except DataError as error:
             raise DataError(f"{self.name}: {error.what}", error.why, error.next) from error
+        except (OSError, EOFError, zlib.error) as error:  # of the system, or of what uncompresses
+            kind = "uncompressed" if self.file.is_compressed else "read"
+            remedy = "Write the file again; or rename it, if it is not compressed." * self.file.is_compressed
+            raise DataError(
+                f"{self.name} cannot be {kind}",
+                f"What reads it says: {str(error) or type(error).__name__}.",
+                remedy or "Check the file and who may read it.",
+            ) from error
 
     def identity(self, memo: DigestMemo) -> object:
         return self._with_source(self.file.digest(memo))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,8 @@ from pegbox.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from pegbox_data.config import DataConfig
 
 
 @dataclass
@@ -55,6 +57,18 @@ class PartReport:
         """What is printed."""
         for what, (number, line) in self.counts.items():
             yield f"{self.name}: {number:,} {what} (first: line {line})"
+
+
+def nothing_left(split: str, read: int, said: Iterable[str], config: DataConfig) -> DataError:
+    """The error for a split all of whose rows were left out or held out, with the reasons that were counted."""
+    reasons = [line for line in said if "dropped" in line]
+    remedy = "Look at the rows, and at `fields` of their entries."
+    if any("data.max_length" in line for line in reasons):
+        remedy = f"Set data.max_length higher{', or data.overlong: truncate' * (config.overlong == 'drop')}."
+    elif any("data.min_length" in line for line in reasons):
+        remedy = "Set data.min_length lower."
+    why = "\n".join(reasons) or "They are held out, or none of them is used."
+    return DataError(f"no row is left in the split '{split}', of {read:,} that were read", why, remedy)
 
 
 def summary(split: str, lengths: np.ndarray, trained: int) -> str:

@@ -90,6 +90,12 @@ class PartSource(Protocol):
         """The rows of an entry."""
 
 
+CORRECT = "Correct the row or remove it."
+ARRAY = "If the file is one array of objects, set source: json."
+MAGIC = {b"\x1f\x8b": "name.jsonl.gz", b"\x28\xb5\x2f\xfd": "name.jsonl.zst"}
+"""How compressed files begin, and how such a file is called."""
+
+
 class JsonLines:
     """One JSON object per line; blank lines are skipped. Places are bytes."""
 
@@ -110,7 +116,8 @@ class JsonLines:
                 except UnicodeDecodeError as error:
                     yield Entry(line, None, no_utf8(error), behind)
                 except ValueError as error:
-                    yield Entry(line, None, _no_json(error), behind)
+                    begins_array = line == 1 and text.lstrip().startswith(b"[")
+                    yield Entry(line, None, _no_json(error, ARRAY if begins_array else CORRECT), behind)
                 else:
                     yield _object(line, row, behind)
 
@@ -244,7 +251,8 @@ jsonl, json_array, comma_separated, text = JsonLines(), JsonArray(), Csv(), Text
 def _object(line: int, row: Any, behind: Place) -> Entry:
     if isinstance(row, dict):
         return Entry(line, row, None, behind)
-    error = DataError(f"the row is {row!r:.60}", "A row is a JSON object.", "Write it as {...}.")
+    remedy = ARRAY if line == 1 and isinstance(row, list) else "Write it as {...}."
+    error = DataError(f"the row is {row!r:.60}", "A row is a JSON object.", remedy)
     return Entry(line, None, error, behind)
 
 
@@ -255,14 +263,21 @@ def _skip(text: str, at: int) -> int:
     return at
 
 
-def _no_json(error: ValueError) -> DataError:
+def _no_json(error: ValueError, remedy: str = CORRECT) -> DataError:
     where = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
     what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-    return DataError(f"no valid JSON{where}", f"The parser says: {what}.", "Correct the row or remove it.")
+    return DataError(f"no valid JSON{where}", f"The parser says: {what}.", remedy)
 
 
 def no_utf8(error: UnicodeDecodeError) -> DataError:
     """The error for text that is not UTF-8."""
+    name = next((name for magic, name in MAGIC.items() if bytes(error.object).startswith(magic)), None)
+    if name is not None:
+        return DataError(
+            "the file is compressed, and its name does not say so",
+            "How a file is read is told by how its name ends.",
+            f"Rename it, as in {name}.",
+        )
     return DataError(
         f"no valid UTF-8: byte 0x{error.object[error.start]:02x}",
         "Text files are read as UTF-8.",

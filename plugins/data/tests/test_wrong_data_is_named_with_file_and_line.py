@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from dataclasses import dataclass, field
@@ -41,6 +42,29 @@ CASES = {
         f"{GOOD}\n{{bad\n", r"^rows\.jsonl:2: no valid JSON at column 2$", "Correct the row or remove it"
     ),
     "a row cut off": Wrong(f"{GOOD}\n{GOOD[:-5]}\n", r"^rows\.jsonl:2: no valid JSON at column \d+$"),
+    "an array in a file of lines": Wrong(
+        f"[\n{GOOD},\n{GOOD}\n]", r"^rows\.jsonl:1: no valid JSON at column 1 \(the first of 3", "source: json"
+    ),
+    "an array on one line": Wrong(f"[{GOOD}, {GOOD}]", r"^rows\.jsonl:1: the row is \[\{", "source: json"),
+    "a compressed file whose name hides it": Wrong(
+        gzip.compress(GOOD.encode()), r"^rows\.jsonl:1: the file is compressed", r"Rename it, as in name\.jsonl\.gz"
+    ),
+    "a plain file that is called compressed": Wrong(
+        GOOD,
+        r"^rows\.jsonl\.gz cannot be uncompressed$",
+        "rename it, if it is not compressed",
+        name="rows.jsonl.gz",
+        data="{train: [{path: rows.jsonl.gz}]}",
+        why="Not a gzipped file",
+    ),
+    "a compressed file that was cut": Wrong(
+        gzip.compress(GOOD.encode())[:-9],
+        r"^rows\.jsonl\.gz cannot be uncompressed$",
+        "Write the file again",
+        name="rows.jsonl.gz",
+        data="{train: [{path: rows.jsonl.gz}]}",
+        why="ended before the end-of-stream marker",
+    ),
     "a row that is a list": Wrong(f"{GOOD}\n\n[1, 2]\n", r"^rows\.jsonl:3: the row is \[1, 2\]"),
     "bytes that are no UTF-8": Wrong(
         GOOD.encode() + b'\n{"messages": "\xff"}\n', r"^rows\.jsonl:2: no valid UTF-8: byte 0xff"
@@ -199,9 +223,24 @@ CASES = {
     ),
     "no row short enough": Wrong(
         GOOD,
-        "no row is left in the split 'train'",
-        "higher",
+        "no row is left in the split 'train', of 1 that were read",
+        "Set data.max_length higher, or data.overlong: truncate",
         data="{train: [{path: rows.jsonl}], max_length: 2}",
+        why=r"^rows\.jsonl: 1 rows dropped: longer than data\.max_length \(2 tokens\)",
+    ),
+    "no room behind any prompt": Wrong(
+        json.dumps({"prompt": "a" * 30, "chosen": "b", "rejected": "c"}),
+        "no row is left in the split 'train'",
+        r"^Set data\.max_length higher\.$",
+        data="{train: [{path: rows.jsonl, format: preference}], max_length: 20, overlong: truncate}",
+        why="their prompt leaves no room for an answer",
+    ),
+    "no pair of different answers": Wrong(
+        json.dumps({"prompt": "a", "chosen": "b", "rejected": "b"}),
+        "no row is left in the split 'train'",
+        "`fields` of their entries",
+        data="{train: [{path: rows.jsonl, format: preference}]}",
+        why=r"^rows\.jsonl: 1 rows whose two answers are the same: dropped \(first: line 1\)$",
     ),
     "a kept column that is missing": Wrong(
         f"{GOOD}\n",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING
 
 from pegbox.events import Event, RunBegins
@@ -11,11 +11,12 @@ from pegbox.types import ConfigSection, Item
 
 if TYPE_CHECKING:
     from pegbox.context import Context
+    from pegbox.rows import Dataset
     from pegbox.types import Loss
 
 
 class DpoPlugin:
-    """Owns `build_loss`."""
+    """Owns `build_loss`; looks at the rows."""
 
     @hookimpl
     def register_config(self) -> ConfigSection:
@@ -35,6 +36,16 @@ class DpoPlugin:
             from pegbox_dpo.config import DpoConfig, require_reference
 
             require_reference(ctx.section(DpoConfig), ctx.items("extra"))
+
+    @hookimpl(wrapper=True)
+    def build_dataset(self, ctx: Context) -> Generator[None, Dataset | None, Dataset | None]:
+        """Look at the rows before a model is loaded; they are passed on as they are."""
+        from pegbox_dpo.config import require_pair_rows
+
+        rows = yield
+        if rows is not None and ctx.purpose == "run":
+            require_pair_rows(rows)
+        return rows
 
     @hookimpl
     def build_loss(self, ctx: Context) -> Loss:

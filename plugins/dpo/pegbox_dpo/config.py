@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from pegbox.errors import ConfigError
+from pegbox.errors import ConfigError, DataError
+from pegbox.rows import ExampleStream
 from pegbox.section import Section, setting
 from pydantic import model_validator
+
+if TYPE_CHECKING:
+    from pegbox.rows import Dataset
 
 LossName = Literal[
     "sigmoid",
@@ -26,6 +30,8 @@ LossName = Literal[
     "sft",
     "sigmoid_norm",
 ]
+PAIR = (1, -1)
+"""The signs of a row: its answers in order, chosen and rejected."""
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 
 REFERENCE = "reference_logps"
@@ -134,4 +140,18 @@ def require_reference(config: DpoConfig, extras: Container[str]) -> None:
             "dpo needs the log-probabilities of a reference model, and no plugin brings them",
             "Its loss compares how much likelier an answer became with how likely the reference finds it.",
             "Add reference to plugins; a loss without a reference is in the plugins orpo, cpo and simpo.",
+        )
+
+
+def require_pair_rows(rows: Dataset) -> None:
+    """Raise if the first row is no pair; a stream and later rows are looked at when they are batches.
+
+    Raises:
+        DataError: naming the row.
+    """
+    if not isinstance(rows, ExampleStream) and len(rows) and rows[0].signs != PAIR:
+        raise DataError(
+            f"{rows.describe(0)} is no pair of a chosen and a rejected answer",
+            "dpo compares the two answers of each row.",
+            "Give the data the format preference; or take another loss: kto for answers that stand alone.",
         )

@@ -17,7 +17,7 @@ RULES: Mapping[str, Rule] = {
         "measure": "last",
         "below": 0.5,
         "least": 10,
-        "says": "the chosen answer has the higher reward in only {value} of the pairs; more than one half is usual",
+        "says": "the chosen answer has the higher reward in only {value:.0%} of the pairs; more than one half is usual",
         "advice": "Look at the data with `pegbox data inspect`: are chosen and rejected swapped, or alike? Else train "
         "longer, or raise the learning rate.",
     },
@@ -35,7 +35,7 @@ RULES: Mapping[str, Rule] = {
         "window": 1,
         "below": 0.5,
         "least": 2,
-        "says": "of held-out pairs, the chosen answer has the higher reward in only {value}",
+        "says": "of held-out pairs, the chosen answer has the higher reward in only {value:.0%}",
         "advice": "What is learnt does not carry over: take fewer epochs, a lower learning rate or more data.",
     },
     "chosen-unlikely": {

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 from pairs_of_answers import Pairs, pair, some_pairs
+from pegbox import hooks
 from pegbox.errors import ConfigError, DataError
 from pegbox.plan import compose
 from pegbox.rows import Example
 from pegbox.run import execute
+from pegbox.testing.tiny import tiny_processor
 
 STEPS, PAIRS = 5, 20
 METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen")
@@ -142,15 +144,29 @@ def test_rows_that_are_no_pairs_are_refused(base: Path, tmp_path: Path) -> None:
     turned = Example(**{**vars(pair([1], [2], [3])), "signs": (-1, 1)})
     empty = Example(**{**vars(pair([1], [2], [3])), "labels": [-100, 2, -100, -100]})
     for name, row, message in (
-        ("plain", plain, "do not say which answer is wanted"),
-        ("alone", alone, r"have answers with the signs \[1, 1"),
-        ("turned", turned, r"have answers with the signs \[-1, 1"),
+        ("plain", plain, "is no pair of a chosen and a rejected answer"),
+        ("alone", alone, "is no pair of a chosen and a rejected answer"),
+        ("turned", turned, "is no pair of a chosen and a rejected answer"),
         ("empty", empty, "row . of the data has a rejected answer without a trained token"),
     ):
         with pytest.raises(DataError, match=message):
             run(base, tmp_path / name, Pairs([row] * 4), "reference")
-    with pytest.raises(DataError, match="do not say which answer is wanted"):
+    with pytest.raises(DataError, match="is no pair"):
         run(base, tmp_path / "held-out", Pairs(examples(), [plain] * 4), "reference")
+    for name, row in (("alone", alone), ("turned", turned)):
+        mixed, whole = Pairs([*examples(1), row]), {"micro_batch": 2, "accumulation": 1, "max_steps": 1}
+        with pytest.raises(DataError, match=r"have answers with the signs \[1, -1, "):
+            run(base, tmp_path / f"mixed {name}", mixed, "reference", trainer=whole)
+
+
+def test_rows_that_are_no_pairs_are_refused_before_a_model_is_loaded() -> None:
+    alone = Example(input_ids=[1, 2, 3], labels=[1, 2, 3], signs=(1,))
+    config = {"model": {"name": "absent"}, "plugins": ["pairs", "dpo"]}
+    for rows, held_out in (([alone], ()), (examples(1), [alone])):
+        ctx = compose(config, instances={"pairs": Pairs(rows, held_out)})
+        split = "eval" if held_out else "train"
+        with pytest.raises(DataError, match="Give the data the format preference"):
+            ctx.call(hooks.build_dataset, ctx, tiny_processor(), split)
 
 
 @pytest.mark.parametrize(

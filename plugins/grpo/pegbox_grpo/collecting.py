@@ -18,14 +18,15 @@ from typing import TYPE_CHECKING
 import torch
 from pegbox.errors import DataError, RunError
 from pegbox.rollouts import Rollout, Sampling
-from pegbox.rows import UNTRAINED, Batch, Example, RowSource, Split
+from pegbox.rows import Batch, Example, RowSource, Split
 
 from pegbox_grpo.advantages import decoupled_advantages, group_advantages, leave_one_out_advantages, weighted_sum
-from pegbox_grpo.corrections import bounded, highest_entropy, sampler_ratio
+from pegbox_grpo.corrections import highest_entropy
 from pegbox_grpo.engine import Engine
 from pegbox_grpo.figures import Figures, mean_of
 from pegbox_grpo.names import REFERENCE_LOGPS
 from pegbox_grpo.objectives import divergence
+from pegbox_grpo.refusals import require_prompt
 from pegbox_grpo.scoring import Rewards, score
 from pegbox_grpo.trajectories import Trajectory, by_trajectory, examples_of
 
@@ -78,7 +79,7 @@ class Collector:
         training = split == "train"
         samples = self.config.samples if training else self.config.eval_samples
         for number, example in rows:
-            self._require_prompt(number, example)
+            require_prompt(example, lambda number=number: self.source.describe(_nothing(number)))
         began = time.perf_counter()
         with self.ctx.phase("generate"):
             self.engine.sync(version)
@@ -112,23 +113,11 @@ class Collector:
         figures = {
             **reward_figures(rewards, rewards_R, std_R, samples),
             **completion_figures(rollouts),
-            **mismatch_figures(self.config, trajectories),
             **({"kl": self._kl_figure(kl_R, plain)} if kl_R is not None else {}),
         }
         if training:
             figures |= {"generate_s": (generated - began, 1.0), "score_s": (scored - generated, 1.0)}
         return Collected(tuple(trajectories), parts, layouts, figures, rollouts, rewards)
-
-    def _require_prompt(self, number: int, example: Example) -> None:
-        empty = len(example.input_ids) == 0
-        if empty or any(label != UNTRAINED for label in example.labels):
-            problem = "has no token" if empty else "has trained tokens"
-            named = self.source.describe(_nothing(number))
-            raise DataError(
-                f"{named} {problem}",
-                "Of a row of an online method all tokens are a prompt, and what follows is sampled.",
-                "Give the data the format prompts.",
-            )
 
     def _sampling(self, training: bool, seed: int) -> Sampling:
         config = self.config
@@ -294,10 +283,15 @@ def reward_figures(rewards: Rewards, rewards_R: Tensor, std_R: Tensor, samples: 
     return figures
 
 
+def own_tokens(rollout: Rollout) -> int:
+    """Tokens of a completion that the model sampled."""
+    return sum(rollout.trained) if rollout.trained else len(rollout.completion)
+
+
 def completion_figures(rollouts: Sequence[Rollout]) -> dict[str, tuple[float, float]]:
-    """Lengths of completions, as they are logged."""
-    tokens = [len(rollout.completion) for rollout in rollouts]
-    ended = [len(rollout.completion) for rollout in rollouts if rollout.finished]
+    """Lengths of completions, as they are logged: tokens of the model, not those of tools or an environment."""
+    tokens = [own_tokens(rollout) for rollout in rollouts]
+    ended = [own_tokens(rollout) for rollout in rollouts if rollout.finished]
     figures = {
         "completions/mean_length": mean_of(tokens),
         "completions/min_length": (float(min(tokens)), 1.0),
@@ -309,28 +303,6 @@ def completion_figures(rollouts: Sequence[Rollout]) -> dict[str, tuple[float, fl
         figures["completions/min_terminated_length"] = float(min(ended)), 1.0
         figures["completions/max_terminated_length"] = float(max(ended)), 1.0
     return figures
-
-
-def mismatch_figures(config: GrpoConfig, trajectories: Sequence[Trajectory]) -> dict[str, tuple[float, float]]:
-    """The extremes of what the correction between sampler and trainer sees, where old log-probabilities are known.
-
-    The means are the loss's to log; an extreme of a step can be known only where all of it is.
-    """
-    how = config.importance_sampling_correction
-    known = [one for one in trajectories if one.old_logps and one.sampler_logps]
-    if how == "none" or not known:
-        return {}
-    old_N = torch.tensor([value for one in known for value in one.old_logps])
-    sampler_N = torch.tensor([value for one in known for value in one.of_trained(one.sampler_logps)])
-    document_N = torch.repeat_interleave(torch.tensor([len(one.old_logps) for one in known]))
-    ratio = sampler_ratio(old_N, sampler_N, None if how.startswith("token") else document_N, len(known))
-    low, high = config.importance_sampling_clip_min, config.importance_sampling_clip_max
-    ratio = bounded(ratio, low, high, "truncate" if how.endswith("truncate") else "mask")
-    return {
-        "sampling/importance_sampling_ratio/min": (float(ratio.min()), 1.0),
-        "sampling/importance_sampling_ratio/max": (float(ratio.max()), 1.0),
-        "sampling/sampling_logp_difference/max": (float((old_N - sampler_N).abs().nan_to_num(nan=0.0).max()), 1.0),
-    }
 
 
 def _nothing(number: int) -> Batch:

@@ -10,11 +10,12 @@ with; what does not fit stops the run.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, cast
 
 from pegbox import hooks
-from pegbox.errors import PluginError, RunError
+from pegbox.errors import PegboxError, PluginError, RunError
 from pegbox.rollouts import Rollout, RolloutBatch, RolloutRequest, Sampling, WeightUpdate
 
 from pegbox_grpo.importing import user_function
@@ -104,8 +105,31 @@ class Engine:
 
     def _ask(self, request: RolloutRequest) -> RolloutBatch:
         if self._function is not None:
-            return self._function(self.ctx, request)
+            return self._played(request)
         return self.ctx.call(hooks.generate_rollouts, self.ctx, request)
+
+    def _played(self, request: RolloutRequest) -> RolloutBatch:
+        """What the user's function answers."""
+        assert self._function is not None, "the caller looked"
+        name = self.config.rollout_func
+        try:
+            answer = self._function(self.ctx, request)
+        except PegboxError:
+            raise
+        except Exception as error:
+            frames = traceback.format_list(traceback.extract_tb(error.__traceback__)[1:])
+            raise RunError(
+                f"{name} raised {type(error).__name__}: {error}",
+                f"The trace of the function:\n{''.join(frames).rstrip()}",
+                "Repair the function, which grpo.rollout_func names.",
+            ) from error
+        if not isinstance(answer, RolloutBatch):
+            raise PluginError(
+                f"{name} returned {answer!r:.100}",
+                "A request is answered with a pegbox.rollouts.RolloutBatch.",
+                "Repair the function, which grpo.rollout_func names.",
+            )
+        return answer
 
     def _check(self, request: RolloutRequest, answer: RolloutBatch) -> None:
         who = self.config.rollout_func or self.ctx.kernel.owners("generate_rollouts").get("", "generate_rollouts")

@@ -35,7 +35,7 @@ RULES: Mapping[str, Rule] = {
         "measure": "last",
         "above": 0.8,
         "least": 5,
-        "says": "in {value} of the groups all completions had the same reward",
+        "says": "in {value:.0%} of the groups all completions had the same reward",
         "advice": "Raise grpo.samples or the temperature, or take prompts of middling difficulty.",
     },
     "entropy-collapse": {
@@ -73,14 +73,14 @@ RULES: Mapping[str, Rule] = {
         "metric": "clip_ratio/region_mean",
         "measure": "last",
         "above": 0.3,
-        "says": "the ratio of probabilities was clipped for {value} of the tokens; below 0.1 is usual",
+        "says": "the ratio of probabilities was clipped for {value:.0%} of the tokens; below 10% is usual",
         "advice": "Lower the learning rate, grpo.iterations or grpo.steps_per_generation.",
     },
     "completions-cut": {
         "metric": "completions/clipped_ratio",
         "measure": "last",
         "above": 0.8,
-        "says": "{value} of the completions were cut at grpo.max_completion_length",
+        "says": "{value:.0%} of the completions were cut at grpo.max_completion_length",
         "advice": "Raise grpo.max_completion_length, set grpo.mask_truncated, or reward short answers.",
     },
 }

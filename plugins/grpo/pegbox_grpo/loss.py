@@ -210,26 +210,37 @@ class Learnt:
         self._log("sampling/importance_sampling_ratio/mean", corrected)
         gap_N = (self.old_N - self.sampler_N).abs()
         known_N = ~gap_N.isnan()
-        self.metrics.append(
-            Term(
-                name="sampling/sampling_logp_difference/mean",
-                total=gap_N.nan_to_num(nan=0.0).sum(),
-                count=known_N.sum(),
-            )
-        )
+        gap_N = gap_N.nan_to_num(nan=0.0)
+        name = "sampling/sampling_logp_difference"
+        self.metrics.append(Term(name=f"{name}/mean", total=gap_N.sum(), count=known_N.sum()))
+        if len(gap_N):
+            self._log_extreme(f"{name}/max", gap_N.amax())
+            self._log_extreme("sampling/importance_sampling_ratio/min", corrected.amin())
+            self._log_extreme("sampling/importance_sampling_ratio/max", corrected.amax())
         return corrected, of_tokens
 
     def _log_clipping(self) -> None:
-        """How often the objective is clipped, over tokens, or over completions where the ratio is theirs."""
+        """How often the objective is clipped, over tokens, or over completions where the ratio is theirs.
+
+        Extremes are those of the shares of completions, as far as they have a token that is learnt from.
+        """
         config = self.config
         ratio_N = self.ratio_N if config.delta is None else self.ratio_N.clamp(max=config.delta)
         low_N = (ratio_N < 1 - config.epsilon) & (self.advantages_N < 0)
         high_N = (ratio_N > 1 + config.clip_high) & (self.advantages_N > 0)
-        for name, clipped_N in (("low", low_N), ("high", high_N), ("region", low_N | high_N)):
-            values = clipped_N.to(self.logps_N.dtype)
-            if self.level != "token":
-                values = sums(values, self.document_N, self.completions) / self.lengths_D
-            self._log(f"clip_ratio/{name}_mean", values)
+        clipped = {name: to.to(self.logps_N.dtype) for name, to in (("low", low_N), ("high", high_N))}
+        clipped["region"] = clipped["low"] + clipped["high"]
+        shares = {
+            name: sums(of_N, self.document_N, self.completions) / self.lengths_D for name, of_N in clipped.items()
+        }
+        for name, values_N in clipped.items():
+            self._log(f"clip_ratio/{name}_mean", values_N if self.level == "token" else shares[name])
+        if len(self.logps_N):
+            self._log_extreme("clip_ratio/low_min", shares["low"][self.document_N].amin())
+            self._log_extreme("clip_ratio/high_max", shares["high"][self.document_N].amax())
+
+    def _log_extreme(self, name: str, value: Tensor) -> None:
+        self.metrics.append(Term(name=name, total=value.detach().float(), count=1.0))
 
     def _log(self, name: str, values: Tensor) -> None:
         self.metrics.append(Term(name=name, total=values.detach().float().sum(), count=float(len(values))))

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from pegbox import hooks
-from pegbox.errors import ConfigError, PluginError, RunError, did_you_mean
+from pegbox.errors import PluginError, RunError
 from pegbox.rollouts import Rollout, RolloutBatch, Score
+
+from pegbox_grpo.refusals import require_given
 
 if TYPE_CHECKING:
     from pegbox.context import Context
@@ -58,9 +60,16 @@ def score(ctx: Context, rollouts: Sequence[Rollout], samples: int) -> Rewards:
             own.update((one.name, _checked(one, plugin, after - first)) for one in scores)
     parts: list[dict[str, tuple[float | None, ...]]] = [part for part in ctx.runtime.gather_objects(own) if part]  # type: ignore[misc]
     names = tuple(parts[0]) if parts else ()
-    if not names or any(part.keys() != set(names) for part in parts):
+    if not names:
+        scorers = ", ".join(one.plugin for one in ctx.kernel.implementations(hooks.score_rollouts.__name__))
         raise RunError(
-            f"the processes have different rewards: {' and '.join(str(sorted(part)) for part in parts) or 'none'}",
+            f"{scorers} scored {len(rollouts)} completions with no reward at all",
+            "Without a reward there is nothing to learn.",
+            "Fix the plugin: score_rollouts returns a Score for each of its rewards.",
+        )
+    if any(part.keys() != set(names) for part in parts):
+        raise RunError(
+            f"the processes have different rewards: {' and '.join(str(sorted(part)) for part in parts)}",
             "Each reward is given by every process, for its part of the completions.",
             "Fix the plugin that scores rollouts.",
         )
@@ -92,9 +101,11 @@ def _checked(one: Score, plugin: str, count: int) -> tuple[float | None, ...]:
 def _require_one(values_RK: Tensor, rollouts: Sequence[Rollout], names: Sequence[str], ctx: Context) -> None:
     without = values_RK.isnan().all(1).nonzero().flatten().tolist()
     if without:
-        shown = text_of(ctx, rollouts[without[0]].completion)
+        first = rollouts[without[0]]
+        shown, asked = (repr(text_of(ctx, ids)[-SHOWN:]) for ids in (first.completion, first.prompt))
         raise RunError(
-            f"no reward applies to {len(without)} of {len(rollouts)} completions; the first is {shown[:SHOWN]!r}",
+            f"no reward applies to {len(without)} of {len(rollouts)} completions; the first is {shown} of the prompt "
+            f"{asked}",
             f"Each of {', '.join(names)} gave None for it, so nothing says how good it is.",
             "Let one of the rewards give a number.",
         )
@@ -102,13 +113,7 @@ def _require_one(values_RK: Tensor, rollouts: Sequence[Rollout], names: Sequence
 
 def _weights(ctx: Context, names: Sequence[str]) -> Tensor:
     weights: Mapping[str, float] = ctx.config.run.rewards
-    for name in weights.keys() - set(names):
-        raise ConfigError(
-            f"rewards weighs '{name}' ({ctx.config.layer.origin(('rewards', name))}), and no plugin gives a reward of "
-            "that name",
-            did_you_mean(name, names, "Rewards of this run:"),
-            "Correct the name, or add the plugin that gives it.",
-        )
+    require_given(ctx, names)
     return torch.tensor([weights.get(name, 1.0) for name in names], dtype=torch.float64)
 
 

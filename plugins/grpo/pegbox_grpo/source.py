@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from pegbox.errors import PluginError, RunError
 from pegbox.rows import Batch, Dataset, Example, ExampleStream, RowSource
 
-from pegbox_grpo.collecting import Collected, Collector, Rows
+from pegbox_grpo.collecting import Collected, Collector, Rows, own_tokens
 from pegbox_grpo.completions_file import CompletionsFile
 from pegbox_grpo.figures import with_figures
 from pegbox_grpo.trajectories import Trajectory, examples_of, with_rollouts
@@ -44,7 +44,7 @@ class OnlineBatches:
     def __init__(self, ctx: Context, model: Model, inner: RowSource, config: GrpoConfig) -> None:
         self.ctx, self.config, self.inner = ctx, config, inner
         self.examples: Dataset = inner.examples
-        self.total_steps = total_steps(ctx, inner, config)
+        self.total_steps = total_steps(inner, config)
         self.collector = Collector(ctx, model, inner, config)
         self.file = CompletionsFile(ctx, config.completions)
         self.step = self.generation = self.tokens = 0
@@ -82,7 +82,7 @@ class OnlineBatches:
         made = self.collector.collect(rows, "train", seed, self.step, self.config.steps_per_generation)
         self.file.append(made, self.step, "train")
         self.generation += 1
-        self.tokens += sum(len(one.prompt) + len(one.completion) for one in made.rollouts)
+        self.tokens += sum(len(one.prompt) + own_tokens(one) for one in made.rollouts)
         self._trajectories, self._parts, self._made = made.trajectories, made.parts, 0
         self._layouts = {}
         for index, batches in made.layouts.items():
@@ -184,13 +184,11 @@ class EvalRollouts:
         """Nothing: every evaluation is the same."""
 
 
-def total_steps(ctx: Context, inner: RowSource, config: GrpoConfig) -> int | None:
+def total_steps(inner: RowSource, config: GrpoConfig) -> int | None:
     """Optimizer steps of the run: `max_steps` where the config sets them, else all that the prompts are enough for."""
-    if inner.total_steps is None:
-        return None
-    owner = ctx.kernel.owners("build_batches").get("", "")
-    limit: int | None = getattr(ctx.config.sections.get(owner), "max_steps", None)
-    return inner.total_steps if limit is not None else inner.total_steps * config.updates
+    if inner.max_steps is not None or inner.total_steps is None:
+        return inner.max_steps
+    return inner.total_steps * config.updates
 
 
 def row_source(source: object) -> RowSource:

@@ -25,4 +25,13 @@ def play(ctx: Any, request: RolloutRequest) -> RolloutBatch:
     return replace(made, rollouts=tuple(rollouts))
 
 
+def fails(ctx: Any, request: RolloutRequest) -> RolloutBatch:
+    """An environment that breaks."""
+    raise ValueError("game over")
+
+
+def silent(ctx: Any, request: RolloutRequest) -> None:
+    """An environment that forgets its return."""
+
+
 not_a_function = 3

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -72,12 +73,18 @@ def fixture_of(base: Any, kind: str, fixed: Fixed, *, on_policy: bool, correctio
 
     class Fixture(base):  # type: ignore[misc,valid-type]
         def _generate(self, prompts: Any) -> Any:
+            if kind == "GRPO":
+                return super()._generate(prompts)
             rollouts = fixed.rollouts()
-            parts = [list(r.prompt) for r in rollouts], [list(r.completion) for r in rollouts]
-            if kind == "RLOO":
-                return *parts, ["text"] * len(rollouts)
-            logps = [list(r.logps) for r in rollouts] if correction != "none" else None
-            return *parts, None, ["text"] * len(rollouts), logps, {}, None, None
+            return [list(r.prompt) for r in rollouts], [list(r.completion) for r in rollouts], ["text"] * len(rollouts)
+
+        def rollout_func(self, *_: Any) -> dict[str, Any]:
+            rollouts = fixed.rollouts()
+            return {
+                "prompt_ids": [list(r.prompt) for r in rollouts],
+                "completion_ids": [list(r.completion) for r in rollouts],
+                "logprobs": [list(r.logps) for r in rollouts] if correction != "none" else None,
+            }
 
         def _calculate_rewards(self, *_: Any) -> Tensor:
             return torch.tensor([[float("nan") if v is None else v for v in row] for row in REWARDS])
@@ -147,6 +154,8 @@ def trainer_of(kind: str, fixed: Fixed, settings: dict[str, Any], *, on_policy: 
     trainer._pending_extra_logs, trainer._pending_metrics = {}, {}
     trainer.num_iterations = 1 if on_policy else 2
     trainer.scoring = True
+    trainer.state, trainer._last_loaded_step = SimpleNamespace(global_step=0, num_input_tokens_seen=0), 0
+    trainer.processing_class = SimpleNamespace(batch_decode=lambda ids, **_: ["text"] * len(ids))
     return trainer
 
 

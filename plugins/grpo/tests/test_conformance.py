@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from pegbox.context import Context
-from pegbox.rows import Batch, Example, Extra
+from pegbox.rows import UNTRAINED, Batch, Example, Extra
 from pegbox.testing import LossConformance, PluginConformance, WrapperConformance
 from pegbox.testing.tiny import TinyExamples, plain_model, tiny_batches
 
@@ -20,7 +20,7 @@ class TestGrpo(PluginConformance):
 class Prompts:
     """A source of prompts that has none (`pegbox.rows.RowSource`)."""
 
-    total_steps = 3
+    total_steps, max_steps = 3, 3
 
     def __init__(self) -> None:
         self.examples = TinyExamples(["one", "two"])
@@ -44,14 +44,23 @@ class Prompts:
         """Nothing."""
 
 
+class Untrained(TinyExamples):
+    """Rows that are prompts."""
+
+    def __getitem__(self, index: int) -> Example:
+        example = super().__getitem__(index)
+        return replace(example, labels=[UNTRAINED] * len(example.input_ids))
+
+
 class TestWrapper(WrapperConformance):
     plugin = "grpo"
 
     def result(self, hook: str) -> Any:
-        return Prompts()
+        return Untrained(["one", "two"]) if hook == "build_dataset" else Prompts()
 
     def arguments(self, ctx: Context) -> dict[str, Any]:
-        return {"ctx": ctx, "model": plain_model(placed=True), "dataset": Prompts().examples}
+        model = plain_model(placed=True)
+        return {"ctx": ctx, "split": "train", "model": model, "dataset": Prompts().examples}
 
 
 def rollout_batches() -> list[Batch]:

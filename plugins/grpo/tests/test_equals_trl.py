@@ -11,7 +11,7 @@ from pegbox.rows import Batch, Extra
 from pegbox.testing.tiny import collate
 from pegbox.types import LossOutput, Outputs
 from pegbox_grpo.advantages import decoupled_advantages, group_advantages, leave_one_out_advantages, weighted_sum
-from pegbox_grpo.collecting import completion_figures, mismatch_figures, reward_figures
+from pegbox_grpo.collecting import completion_figures, own_tokens, reward_figures
 from pegbox_grpo.config import GrpoConfig
 from pegbox_grpo.corrections import highest_entropy
 from pegbox_grpo.loss import GrpoLoss
@@ -21,6 +21,8 @@ from pegbox_grpo.trajectories import Trajectory, examples_of, with_rollouts
 
 VALUES = torch.tensor([[float("nan") if v is None else v for v in row] for row in oracle.REWARDS], dtype=torch.float64)
 WEIGHTS = torch.tensor(list(oracle.WEIGHTS.values()), dtype=torch.float64)
+OTHERWISE = {"policy_loss", "entropy_coef"}
+"""Where there is an entropy bonus: our terms are logged by their names, `grpo` and `entropy_bonus`."""
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo")
@@ -53,7 +55,7 @@ CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_ma
 METRICS = ("entropy", "kl", "cispo_clip_ratio", "vespo/phi_seq_mean", "sampling/sampling_logp_difference/mean")
 METRICS += tuple(f"clip_ratio/{name}_mean" for name in ("low", "high", "region"))
 METRICS += tuple(f"sampling/importance_sampling_ratio/{name}" for name in ("mean", "min", "max"))
-METRICS += ("sampling/sampling_logp_difference/max",)
+METRICS += ("sampling/sampling_logp_difference/max", "clip_ratio/low_min", "clip_ratio/high_max")
 
 
 def advantages_of(config: GrpoConfig, kl: torch.Tensor | None = None) -> torch.Tensor:
@@ -120,10 +122,6 @@ def compare(config: GrpoConfig, kind: str, settings: dict[str, Any], *, on_polic
             torch.zeros(()) if left is None else left, torch.zeros(()) if right is None else right, **CLOSE
         )
     logged = {term.name: float(term.total) / float(term.count) for term in output.metrics}
-    plain = [(b, Trajectory.of(b, one, mask_truncated=False)) for b, one in enumerate(fixed.rollouts())]
-    if config.importance_sampling_correction != "none":
-        known = [Trajectory(**{**vars(one), "old_logps": tuple(fixed.old[b][mask[b]].tolist())}) for b, one in plain]
-        logged |= {name: total / count for name, (total, count) in mismatch_figures(config, known).items()}
     if kl is not None:
         logged["kl"] = float(kl.sum()) / float(mask.sum())
     shared = [name for name in METRICS if name in metrics and name in logged]
@@ -131,6 +129,9 @@ def compare(config: GrpoConfig, kind: str, settings: dict[str, Any], *, on_polic
     assert {name for name in METRICS if name in metrics} == {name for name in METRICS if name in logged}
     for name in shared:
         assert logged[name] == pytest.approx(metrics[name], rel=1e-5, abs=1e-6), name
+    on_the_host = {"num_tokens", "reward", "reward_std", "frac_reward_zero_std"}
+    rest = {name for name in metrics if not name.startswith(("completions/", "rewards/"))} - on_the_host - set(shared)
+    assert rest <= OTHERWISE, "every figure of TRL's is compared, here or with rewards and lengths"
 
 
 @pytest.mark.parametrize("on_policy", [False, True], ids=["old", "on-policy"])
@@ -196,7 +197,12 @@ def test_figures_of_rewards_and_lengths_equal_trls(scale: str) -> None:
     assert {f"rewards/{name}/{what}" for name in oracle.WEIGHTS for what in ("mean", "std")} < figures.keys()
     for name, value in figures.items():
         assert value == pytest.approx(metrics[name], rel=1e-5, abs=1e-6), name
-    assert completion_figures(fixed.rollouts())["completions/clipped_ratio"] == (2.0, 6.0)
+    lengths = completion_figures(fixed.rollouts())
+    assert lengths["completions/clipped_ratio"] == (2.0, 6.0)
+    assert lengths.keys() == {name for name in metrics if name.startswith("completions/")}
+    for name, (total, count) in lengths.items():
+        assert total / count == pytest.approx(metrics[name]), name
+    assert sum(len(one.prompt) + own_tokens(one) for one in fixed.rollouts()) == metrics["num_tokens"]
 
 
 def test_a_token_that_the_sampler_cannot_score_is_not_corrected() -> None:

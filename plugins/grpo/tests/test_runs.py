@@ -12,6 +12,7 @@ from pegbox.errors import DataError, PegboxError, PluginError, RunError
 from pegbox.hooks import hookimpl
 from pegbox.types import Item
 from pegbox_grpo.health import RULES
+from pegbox_grpo.names import EXTREMES
 from tiny_rl import Plugin, config_of, records, run
 
 
@@ -37,8 +38,8 @@ def test_a_step_syncs_generates_scores_and_learns(tmp_path: Path) -> None:
     named |= {f"clip_ratio/{name}_mean" for name in ("low", "high", "region")}
     named |= {"sampling/importance_sampling_ratio/mean", "sampling/sampling_logp_difference/mean", "num_tokens"}
     assert named <= first.keys()
-    late = {"kl", "sampling/importance_sampling_ratio/min"}
-    assert {str(rule["metric"]) for rule in RULES.values()} <= first.keys() | late
+    assert set(EXTREMES) <= first.keys() | {f"completions/{which}_terminated_length" for which in ("min", "max")}
+    assert {str(rule["metric"]) for rule in RULES.values()} <= first.keys() | {"kl"}
     assert first["sampling/importance_sampling_ratio/mean"] == pytest.approx(1.0, abs=1e-4)
     raw = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])
     assert raw["generate_s"] > 0
@@ -204,7 +205,7 @@ def test_the_divergence_from_the_reference_begins_at_zero_and_grows(tmp_path: Pa
         ({"trained": True}, {}, DataError, r"train.jsonl:\d+ has trained tokens"),
         ({"deaf": True}, {}, RunError, "the weights of version 1, and says that it holds version 0"),
         ({"lag": 1}, {}, RunError, "version 0, and the policy is at version 1"),
-        ({"reward": "none"}, {}, RunError, "no reward applies to 16 of 16 completions"),
+        ({"reward": "none"}, {}, RunError, r"applies to 16 of 16 completions; the first is '.+' of the prompt '.+'"),
         ({"reward": "nan"}, {}, RunError, "the reward 'nan' of plugin 'tiny' is nan"),
         ({}, {"mask_truncated": True, "max_completion_length": 1}, RunError, "none of the 16 completions of a step"),
         ({}, {"steps_per_generation": 17}, DataError, "16 completions cannot be divided into 17"),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import environment_of_tests
 import pytest
-from pegbox.errors import ConfigError, PegboxError
+from pegbox.errors import ConfigError, PegboxError, RunError
 from pegbox.hooks import hookimpl
 from pegbox.plan import compose
 from pegbox.types import Item
@@ -77,6 +78,48 @@ def test_what_is_missing_is_said_before_anything_is_loaded(
         run(config_of(tmp_path / "fine"), without())
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"rewards": {"wantd": 2.0}}, "rewards weighs 'wantd' .*Did you mean 'wanted'"),
+        ({"rewards": {"wanted": 0.0, "short": 0.0}}, "rewards weighs 'wanted' and 'short' by 0"),
+        ({"tiny": {"trained": True}}, "train.jsonl:1 has trained tokens"),
+    ],
+)
+def test_rows_and_names_of_rewards_are_compared_before_a_model_is_loaded(
+    tmp_path: Path, keys: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(PegboxError, match=f"(?s){message}"):
+        run(config_of(tmp_path / "run", **keys), without())
+
+
+def test_completions_that_the_model_cannot_read_are_refused(tmp_path: Path) -> None:
+    """The model of the tests reads 2,048 tokens, and its longest prompt has 5."""
+    with pytest.raises(ConfigError, match=r"(?s)the longest prompt has 5 tokens.*reads 2,048.*to 2,043 or less"):
+        run(config_of(tmp_path / "run", grpo={"max_completion_length": 2044}))
+
+
+def test_a_scorer_that_says_nothing_is_named(tmp_path: Path) -> None:
+    class Silent(Plugin):
+        @hookimpl
+        def score_rollouts(self) -> None:
+            """Nothing."""
+
+    with pytest.raises(RunError, match="tiny scored 16 completions with no reward at all"):
+        run(config_of(tmp_path / "run"), Silent())
+
+
+def test_a_scorer_may_name_its_scores_only_when_there_are_completions(tmp_path: Path) -> None:
+    class Late(Plugin):
+        @hookimpl
+        def score_rollouts(self, ctx: Any, rollouts: Any) -> Any:
+            return Plugin.score_rollouts(self, ctx, rollouts) if rollouts.rollouts else []
+
+    assert run(config_of(tmp_path / "fine", rewards={"wanted": 1.0}, trainer={"max_steps": 1}), Late()).step == 1
+    with pytest.raises(ConfigError, match="rewards weighs 'wantd'"):
+        run(config_of(tmp_path / "run", rewards={"wantd": 1.0}), Late())
+
+
 def test_a_reference_that_comes_after_the_rewards_is_refused(tmp_path: Path) -> None:
     reference = type("Late", (), {"register_items": register_items})()
     grpo = {"beta": 0.1, "kl_placement": "reward"}
@@ -91,36 +134,11 @@ def register_items(self: Any) -> list[Item]:
 
 def test_a_function_of_the_user_makes_the_rollouts(tmp_path: Path) -> None:
     environment_of_tests.CALLS.clear()
-    grpo = {"rollout_func": "environment_of_tests:play", "max_completion_length": 4}
+    grpo = {"rollout_func": "environment_of_tests:play", "max_completion_length": 4, "completions": 16}
     run(config_of(tmp_path / "run", grpo=grpo, trainer={"max_steps": 2}))
     assert len(environment_of_tests.CALLS) == 2
     first = records(tmp_path / "run")[0]
-    tokens = first["completions/mean_length"] * 16
-    assert first["trained_tokens"] == pytest.approx(tokens - 16), "the environment's token of each is not trained"
-
-
-@pytest.mark.parametrize("written", ["beside_the_config", "./beside_the_config.py"])
-def test_a_function_is_found_in_the_folder_of_the_config(tmp_path: Path, written: str) -> None:
-    import json
-
-    source = Path(environment_of_tests.__file__).read_text()
-    (tmp_path / "beside_the_config.py").write_text(source)
-    config = config_of(tmp_path / "run", grpo={"rollout_func": f"{written}:play"}, trainer={"max_steps": 1})
-    path = tmp_path / "run.yaml"
-    path.write_text(json.dumps(config))
-    assert run(path).step == 1
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("no_such_module:play", "there is no module 'no_such_module'"),
-        ("environment_of_tests:plya", "Did you mean 'play'"),
-        ("environment_of_tests:not_a_function", "has no function"),
-        ("./no_such_file.py:play", "there is no module './no_such_file.py'"),
-        ("play", "rollout_func"),
-    ],
-)
-def test_a_function_that_is_not_there_is_named(tmp_path: Path, name: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        run(config_of(tmp_path / "run", grpo={"rollout_func": name}))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
+    tokens = [len(line["completion"].split()) for line in lines if line["step"] == 0]
+    assert first["trained_tokens"] == sum(tokens) - len(tokens), "the environment's token of each is not trained"
+    assert first["completions/mean_length"] == pytest.approx(first["trained_tokens"] / len(tokens)), "as in TRL"

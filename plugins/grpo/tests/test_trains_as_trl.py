@@ -116,6 +116,8 @@ def test_a_run_makes_the_steps_of_trl(tmp_path: Path, ours: dict[str, Any], thei
     logged = records(tmp_path / "ours")
     assert len(history) == len(logged) == STEPS
     shared = {"loss", "grad_norm", "entropy", "reward", "reward_std", "rewards/share/mean", "frac_reward_zero_std"}
+    shared |= {f"completions/{which}_length" for which in ("mean", "min", "max")} | {"num_tokens"}
+    shared |= {"completions/clipped_ratio", *(f"completions/{which}_terminated_length" for which in ("min", "max"))}
     for left, right in zip(logged, history, strict=True):
         compared = shared & left.keys()
         if "mask_truncated" in ours:

@@ -243,7 +243,8 @@ def _require_layers(settings: LoraConfig, model: Model, names: Sequence[str]) ->
 def _matches_nothing(key: str, wanted: str, known: list[str], model: Model) -> UserError:
     ends = sorted({name.rsplit(".", 1)[-1] for name in known if not name.rsplit(".", 1)[-1].isdigit()})
     shown = linear_names(model.module) if key == "targets" else ends
-    close = did_you_mean(re.split(r"\\?\.", wanted)[-1], ends)
+    words = ["all-linear"] if key == "targets" else []
+    close = did_you_mean(re.split(r"\\?\.", wanted)[-1], [*ends, *words])
     return UserError(
         f"lora.{key}: '{wanted}' matches nothing in {model.name}",
         close if close.startswith("Did") else "It would have no effect.",

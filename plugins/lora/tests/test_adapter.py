@@ -204,6 +204,7 @@ def test_biases_are_trained_if_asked_for(adapt: Adapt) -> None:
     ("settings", "what", "hint"),
     [
         ({"targets": ["q_porj"]}, "'q_porj' matches nothing", "Did you mean 'q_proj'"),
+        ({"targets": "all-liner"}, "'all-liner' matches nothing", "Did you mean 'all-linear'"),
         ({"targets": ["q_proj", "c_attn"]}, "'c_attn' matches nothing", ""),
         ({"targets": ["zzz"]}, "'zzz' matches nothing", "It would have no effect."),
         ({"targets": r".*\.attention\..*"}, "matches nothing", ""),

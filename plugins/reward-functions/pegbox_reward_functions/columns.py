@@ -37,10 +37,10 @@ def require_present(rewards: Sequence[OpenedReward], present: Iterable[str]) -> 
         if not absent:
             continue
         why = f"Rows carry the columns: {', '.join(sorted(here)) or 'none'}."
+        remedy = f"Keep it: data.columns: [{', '.join(sorted(here | set(absent)))}]; or give the parameter a default."
         if absent[0] in TRL_ONLY:
-            why = f"TRL's trainer passes '{absent[0]}' to functions; here there is no such trainer. {why}"
+            why = f"TRL's trainer passes '{absent[0]}' to functions; here there is no such trainer."
+            remedy = f"Take the parameter out of the function, or give it a default: {absent[0]}=None"
         raise ConfigError(
-            f"the reward '{reward.named.name}' requires '{absent[0]}', which the rows do not have",
-            why,
-            f"Keep it: data.columns: [{', '.join(sorted(here | set(absent)))}]; or give the parameter a default.",
+            f"the reward '{reward.named.name}' requires '{absent[0]}', which the rows do not have", why, remedy
         )

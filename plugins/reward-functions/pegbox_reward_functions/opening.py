@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -157,10 +158,12 @@ def see(folder: str) -> None:
 
 
 def _fails(what: str, error: BaseException) -> ConfigError:
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
+    told = [*traceback.format_list(frames[1:]), *traceback.format_exception_only(error)]
     return ConfigError(
-        f"{what}, which holds a reward function, cannot be imported: {error!r}",
-        "Its code runs when it is imported.",
-        "Correct it; the trace above says where it fails.",
+        f"{what}, which holds a reward function, cannot be imported: {told[-1].strip()}",
+        f"Its code runs when it is imported:\n{''.join(told[:-1]).rstrip()}",
+        "Correct it.",
     )
 
 

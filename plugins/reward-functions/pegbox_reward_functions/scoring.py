@@ -52,10 +52,10 @@ class Scorer:
         ctx.exit.callback(self._crew.close)
 
     def scores(self, rollouts: RolloutBatch, tokenizer: Any) -> Sequence[Score]:
-        """One score for each reward."""
+        """One score for each reward; asked about no completions it says their names."""
         size = rollouts.samples
         groups = [rollouts.rollouts[at : at + size] for at in range(0, len(rollouts.rollouts), size)]
-        if self._seen is None:
+        if self._seen is None and groups:
             self._seen = {name for rollout in rollouts.rollouts for name in rollout.columns}
             require_present(self.rewards, self._seen)
         calls = [

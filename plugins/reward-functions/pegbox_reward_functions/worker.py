@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pegbox.errors import PegboxError, RunError
@@ -67,13 +68,20 @@ def called(name: str, function: RewardFunction, given: Given, takes: Sequence[st
     try:
         returned = _call(function, {name: given[name] for name in takes})
     except Exception as error:
-        trace = "".join(traceback.format_exception(error)[-12:]).strip()
+        trace = "".join(traceback.format_exception(error.with_traceback(_inside(error.__traceback__)))[-12:]).strip()
         raise RunError(
             f"the reward '{name}' raised {type(error).__name__}: {error}\n{_which(function, given, takes)}",
             f"The trace of the function:\n{trace}",
             "Repair the function; return None for a completion to which it does not apply.",
         ) from None
     return checked(name, returned, given)
+
+
+def _inside(trace: TracebackType | None) -> TracebackType | None:
+    """The trace from the function on, without what called it here."""
+    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    return trace
 
 
 def _call(function: RewardFunction, arguments: Given) -> Any:
@@ -115,7 +123,7 @@ def _number(name: str, value: Any, given: Given, row: int) -> float | None:
         raise RunError(
             f"the reward '{name}' is {value!r:.100} for {_both(given, row)}",
             "Rewards are added up with weights: one that is no finite number spoils the whole group.",
-            "Return None for a completion to which it does not apply.",
+            "Return a number, or None for a completion to which it does not apply.",
         )
     return number
 

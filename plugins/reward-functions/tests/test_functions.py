@@ -10,6 +10,7 @@ import pytest
 from pegbox import hooks
 from pegbox.errors import ConfigError, RunError
 from pegbox.events import RunBegins
+from pegbox.rollouts import RolloutBatch
 from pegbox.testing.tiny import TinyExamples
 from reward_texts import context, rollouts, scored
 
@@ -54,6 +55,7 @@ def hangs(completions):
 def whose(completions):
     time.sleep(0.1)
     return [float(os.getpid())] * len(completions)
+def trains(completions, trainer_state): return [0.0] * len(completions)
 def weighs(completions, weight, margin=0.0): return [float(w) for w in weight]
 """
 
@@ -81,6 +83,12 @@ def test_functions_are_called_as_trl_calls_them(folder: Path) -> None:
         "later": (1.0,) * 4,
         "alarmed": (2.0,) * 4,
     }
+
+
+def test_names_of_scores_are_told_without_completions(folder: Path) -> None:
+    """A weight for a name that nobody gives can then be refused before anything is sampled."""
+    ctx = context(folder, "./mine.py:seen", {"use": "length", "name": "brief", "options": {"max_tokens": 4}})
+    assert scored(ctx, RolloutBatch(rollouts=(), samples=2)) == {"seen": (), "brief": ()}
 
 
 def test_conversational_prompts_give_conversational_completions(folder: Path) -> None:
@@ -115,7 +123,8 @@ def test_prompts_are_shared_by_the_workers(folder: Path) -> None:
     [
         (
             "raises",
-            r"(?s)'raises' raised ZeroDivisionError.*completion 'bad' of the prompt 'two\?'.*line \d+, in raises",
+            r"(?s)'raises' raised ZeroDivisionError.*completion 'bad' of the prompt 'two\?'.*"
+            r"\(most recent call last\):\n  File \S+mine\.py\", line \d+, in raises",
         ),
         ("short", r"returned 1 values for 2 completions of the prompt 'one\?'"),
         ("nan", r"'nan' is nan for the completion 'bad' of the prompt 'two\?'"),
@@ -146,11 +155,13 @@ def test_a_function_that_hangs_stops_the_run_or_does_not_apply(folder: Path) -> 
         ("exakt", "Did you mean 'exact'"),
         ({"use": "./mine.py:plain", "options": {"a": 1}}, "it is a function"),
         ({"use": "exact", "options": {"answr": "x"}}, r"(?s)unknown key 'answr'.*answer"),
-        ("./broken.py:f", r"broken\.py.*cannot be imported: ValueError\('oh'\)"),
+        ("./broken.py:f", r"(?s)broken\.py.*cannot be imported: ValueError: oh\nIts code .*broken\.py\", line 1, in"),
+        ("./unwritten.py:f", r"(?s)cannot be imported: SyntaxError: expected ':'\nIts code .*unwritten\.py\", line 1"),
     ],
 )
 def test_what_cannot_be_found_is_an_error_before_anything_is_read(folder: Path, function: Any, says: str) -> None:
     (folder / "broken.py").write_text("raise ValueError('oh')", encoding="utf-8")
+    (folder / "unwritten.py").write_text("def f(completions)\n    return []", encoding="utf-8")
     with pytest.raises(ConfigError, match=says):
         context(folder, function).notify(RunBegins())
 
@@ -177,6 +188,17 @@ class Rows:
                 return replace(super().__getitem__(index), columns=dict.fromkeys(columns, "1"))
 
         return Kept(["a", "b"])
+
+
+def test_what_only_trls_trainer_passes_is_refused(folder: Path) -> None:
+    from pegbox.plan import compose
+    from pegbox.testing.tiny import tiny_processor
+
+    section = {"functions": [f"{folder}/mine.py:trains"]}
+    config = {"model": {"name": "x"}, "plugins": ["rows", "reward-functions"], "reward-functions": section}
+    ctx = compose(config, instances={"rows": Rows("answer")})
+    with pytest.raises(ConfigError, match=r"(?s)requires 'trainer_state'.*no such trainer.*trainer_state=None"):
+        ctx.call(hooks.build_dataset, ctx, tiny_processor(), "train")
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,10 @@ class RewardModelPlugin:
         if isinstance(event, RunBegins):
             for wanted in ctx.section(RewardModelConfig).models:
                 require_there(ctx, wanted)
+                if not ctx.config.path(wanted.name).is_dir():
+                    from pegbox_reward_model.judging import tokenizer_of
+
+                    tokenizer_of(ctx, wanted)  # asks the hub now, and not when everything else is loaded
         elif isinstance(event, RunStarted):
             self._open(ctx)
 
@@ -43,6 +47,10 @@ class RewardModelPlugin:
     def score_rollouts(self, ctx: Context, rollouts: RolloutBatch) -> Sequence[Score]:
         from pegbox.rollouts import Score
 
+        from pegbox_reward_model.config import RewardModelConfig
+
+        if not rollouts.rollouts:  # asked for names alone, which no model is needed for
+            return [Score(name=wanted.score_name, values_R=()) for wanted in ctx.section(RewardModelConfig).models]
         return [Score(name=judge.name, values_R=judge.score(rollouts.rollouts)) for judge in self._open(ctx)]
 
     def _open(self, ctx: Context) -> tuple[Judge, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Literal
 
 from pegbox.errors import ConfigError
@@ -9,9 +10,18 @@ from pegbox.section import Section, setting
 from pydantic import model_validator
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pegbox.context import Context
 
 PLUGIN = "reward-model"
+LANGUAGE = "language"
+KINDS = {
+    "outcome": ("ForSequenceClassification", "SEQ_CLS"),
+    "process": ("ForTokenClassification", "TOKEN_CLS"),
+    LANGUAGE: ("ForCausalLM", "CAUSAL_LM"),
+}
+"""What folders of transformers and of PEFT say of such models."""
 FOR_STEPS = ("step_separator", "steps", "label")
 
 
@@ -75,15 +85,41 @@ class RewardModelConfig(Section):
 
 
 def require_there(ctx: Context, wanted: JudgeEntry) -> None:
-    """Raise if a name that is a path leads nowhere.
+    """Raise if a name that is a path leads nowhere, or to a folder of another kind.
 
     Raises:
         ConfigError: naming the folder.
     """
     folder = ctx.config.path(wanted.name)
+    found = kind_of(folder)
+    if found == LANGUAGE:
+        raise ConfigError(
+            f"'{wanted.name}' is a language model, and has no head that was trained to judge",
+            "As a reward model its predictions would be random numbers.",
+            "Name a model that was trained to classify, such as the folder of a run with reward or prm.",
+        )
+    if found not in (None, wanted.kind):
+        raise ConfigError(
+            f"the reward model '{wanted.name}' is of the kind {found}, and its entry says {wanted.kind}",
+            "An outcome model gives one number for an answer (plugin reward), a process model one for each step (prm).",
+            f"Set kind: {found}, or name another folder.",
+        )
     if wanted.name.startswith((".", "/", "~")) and not folder.is_dir():
         raise ConfigError(
             f"reward-model.models names '{wanted.name}', but {folder} is no folder",
             "A reward model is the folder that its training left, or a name on the hub.",
             "Correct the name; a relative path starts at the config's folder.",
         )
+
+
+def kind_of(folder: Path) -> str | None:
+    """What a local folder says that it predicts; None if it does not say."""
+    for file, key in (("config.json", "architectures"), ("adapter_config.json", "task_type")):
+        try:
+            said = str(json.loads((folder / file).read_text(encoding="utf-8"))[key])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        for kind, marks in KINDS.items():
+            if any(mark in said for mark in marks):
+                return kind
+    return None

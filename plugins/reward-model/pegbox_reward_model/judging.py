@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from pegbox.errors import RunError, UserError
+from pegbox.errors import RunError, UserError, did_you_mean
 from pegbox.rows import UNTRAINED, Batch
 from pegbox.types import ModelOptions, ModelRequest
 
@@ -48,13 +48,18 @@ def open_judge(ctx: Context, settings: RewardModelConfig, wanted: JudgeEntry) ->
     """
     options = ModelOptions(classify=CLASSIFIES[wanted.kind], labels=LABELS[wanted.kind], dtype=wanted.dtype)
     request = ModelRequest(name=wanted.name, format=FORMAT, role="reward", revision=wanted.revision, options=options)
-    renderer = Renderer(_tokenizer(ctx, wanted), ctx.processor.tokenizer, settings.prompt)
+    renderer = Renderer(tokenizer_of(ctx, wanted), ctx.processor.tokenizer, settings.prompt)
     if wanted.kind == "process":
         renderer.separator(wanted.step_separator)
     return Judge(ctx, wanted, renderer, ctx.open_model("reward", request), settings.micro_batch)
 
 
-def _tokenizer(ctx: Context, wanted: JudgeEntry) -> PreTrainedTokenizerBase:
+def tokenizer_of(ctx: Context, wanted: JudgeEntry) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside a reward model.
+
+    Raises:
+        UserError: there is none.
+    """
     from transformers import AutoTokenizer
 
     folder = ctx.config.path(wanted.name)
@@ -62,10 +67,19 @@ def _tokenizer(ctx: Context, wanted: JudgeEntry) -> PreTrainedTokenizerBase:
     try:
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(address, revision=wanted.revision or "main")
     except (OSError, ValueError, KeyError) as error:
+        told = str(error).splitlines()[0]
+        if folder.is_dir():
+            raise UserError(
+                f"the tokenizer of the reward model '{wanted.name}' does not open: {told}",
+                "A reward model reads its own tokens.",
+                "Put its tokenizer files into its folder, or correct the name.",
+            ) from error
+        near = [path.name for path in folder.parent.glob("*") if path.is_dir()]
+        hint = did_you_mean(folder.name, near, "Beside it are:") if near else ""
         raise UserError(
-            f"the tokenizer of the reward model '{wanted.name}' does not open: {str(error).splitlines()[0]}",
-            "A reward model reads its own tokens.",
-            "Put its tokenizer files into its folder, or correct the name.",
+            f"the reward model '{wanted.name}' is no folder, and the hub does not give it",
+            f"There is no {folder}; and: {told}",
+            f"Correct the name in reward-model.models. {hint}".strip(),
         ) from error
     return found
 

@@ -69,6 +69,12 @@ def test_a_conversation_is_rendered_with_the_models_own_template(
     assert other.values_R == pytest.approx(score.values_R[:1], rel=1e-4)
 
 
+def test_names_of_scores_are_told_without_completions_and_without_a_model(scores: Ask) -> None:
+    """A weight for a name that nobody gives can then be refused before any model is loaded."""
+    told = scores([], {"name": "runs/absent"}, {"name": "runs/other", "score": "right"})
+    assert [(one.name, one.values_R) for one in told] == [("reward-model/absent", ()), ("reward-model/right", ())]
+
+
 def test_an_answer_that_was_cut_off_is_scored_where_it_was_cut(
     scores: Ask, helpful: Path, own: PreTrainedTokenizerFast
 ) -> None:
@@ -217,6 +223,34 @@ def test_a_folder_that_is_not_there_stops_the_run_before_anything_is_read(contex
     ctx = context({"name": "./nowhere"})
     with pytest.raises(ConfigError, match=r"reward-model\.models names './nowhere', but .* is no folder"):
         ctx.notify(RunBegins())
+
+
+def test_a_name_that_leads_nowhere_is_told_with_what_is_near(
+    context: Ask, helpful: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(helpful.parent.parent)
+    ctx = context({"name": f"{helpful.parent.name}/helpfull"})
+    with pytest.raises(UserError, match=r"(?s)helpfull' is no folder, and the hub does not give it.*mean 'helpful'"):
+        ctx.notify(RunBegins())
+
+
+@pytest.mark.parametrize(
+    ("kind", "other", "says"), [("process", "outcome", "of the kind process"), ("outcome", "process", "kind outcome")]
+)
+def test_a_folder_of_another_kind_is_refused_before_anything_is_loaded(
+    context: Ask, tmp_path: Path, kind: Any, other: str, says: str
+) -> None:
+    folder = judge(tmp_path / "judge", kind)
+    context({"name": str(folder), "kind": kind}).notify(RunBegins())
+    with pytest.raises(ConfigError, match=f"(?s){says}.*Set kind: {kind}"):
+        context({"name": str(folder), "kind": other}).notify(RunBegins())
+
+
+def test_a_language_model_is_refused_before_anything_is_loaded(context: Ask, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}', encoding="utf-8")
+    with pytest.raises(ConfigError, match="is a language model"):
+        context({"name": str(tmp_path)}).notify(RunBegins())
 
 
 def test_a_language_model_is_no_reward_model(scores: Ask, tmp_path: Path, own: PreTrainedTokenizerFast) -> None:
