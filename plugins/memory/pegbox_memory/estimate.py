@@ -9,30 +9,29 @@ Workspace, fragmentation and context are constants that are stated, not computed
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pegbox.errors import ConfigError
 from pegbox.plan import compose
 
 from pegbox_memory.kernels import attention
+from pegbox_memory.shape import GIB, Shape, device_bytes, dtype_there, shape_of
 
 if TYPE_CHECKING:
     from pegbox.context import Context
 
-    from pegbox_memory.step import Peak, Precision, TrainedStep
+    from pegbox_memory.step import Peak, TrainedStep
 
-GIB = 1 << 30
 CONTEXT_BYTES = GIB // 2
 WORKSPACE_BYTES = 32 << 20
 FRAGMENTATION = 0.05
 TRIALS = 8
 KINDS = {
     "frozen weights": ("load_model", "weights that are not trained"),
+    "reference": ("reference", "weights of the reference"),
     "trained weights": ("load_model", "weights that are trained"),
     "adapters": ("apply_adapters", "adapters"),
     "buffers": ("load_model", "buffers"),
@@ -43,6 +42,8 @@ KINDS = {
     "backward": ("run_training", "gradients of activations, and what is computed again"),
     "other": ("load_model", "between layers: embeddings, masks, copies of weights"),
     "batch": ("build_batches", "the micro-batch"),
+    "cache": ("generate_rollouts", "keys and values of completions"),
+    "sampling": ("generate_rollouts", "logits of next tokens, and what computes them"),
     "unpacked": ("configure_model", "the matrix that is unpacked"),
     "workspace": ("torch", "workspace of matrix products"),
 }
@@ -101,19 +102,6 @@ class Estimate:
         return {**asdict(self), "process": self.process, "fits": self.fits}
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What a step is made of."""
-
-    micro_batch: int
-    micro_batches: int
-    tokens: int
-    packed: bool
-    precision: Precision
-    on_gpu: bool
-    notes: tuple[str, ...] = ()
-
-
 @dataclass
 class Asked:
     """A config as it was given, of which variants are composed."""
@@ -168,8 +156,8 @@ def estimate(
     asked = Asked(source, tuple(overrides))
     ctx = asked.composed()
     shape = shape_of(ctx, tokens, micro_batch)
-    device = _device_bytes(device_gib, shape)
-    variant, notes = _dtype(ctx, shape)
+    device = device_bytes(device_gib, shape)
+    variant, notes = dtype_there(ctx, shape)
     if shape.on_gpu:
         ours, told = attention(ctx)
         variant, notes = (*variant, *ours), [*notes, *told]
@@ -225,8 +213,10 @@ AUTO_AS = ("activations.memory_gib=null", "activations.margin=0.08")
 
 
 def _peak(step: TrainedStep, shape: Shape, rows: int) -> Peak:
-    packed = shape.packed and (step.device.type == "cuda" or not shape.on_gpu)
-    return step.peak(rows, shape.tokens, packed=packed, micro_batches=shape.micro_batches)
+    learning = step.peak(rows, shape.tokens, bins=shape.packed, micro_batches=shape.micro_batches, prompt=shape.prompt)
+    if shape.generation is None:
+        return learning
+    return max(learning, step.sampling_peak(shape.generation), key=lambda peak: peak.total)
 
 
 def _estimate(
@@ -324,76 +314,8 @@ def _owners(ctx: Context) -> Callable[[str], str]:
         jobs.setdefault(job.hook.partition(":")[0].partition("[")[0].strip(), job.plugins[0])
 
     def who(name: str) -> str:
-        if name == "torch":
+        if name in ("torch", "reference"):
             return name
         return patched.get(name) or jobs.get(name) or jobs.get("load_model", "")
 
     return who
-
-
-def shape_of(ctx: Context, tokens: int | None, micro_batch: int | None) -> Shape:
-    """What the config says of a step.
-
-    Raises:
-        ConfigError: it does not say how long rows are, or how many are in a micro-batch.
-    """
-    sections = ctx.config.resolved()
-    trainer, notes = sections.get("trainer", {}), []
-    rows = micro_batch or trainer.get("micro_batch")
-    if rows is None:
-        raise ConfigError(
-            "the config does not say how many rows a micro-batch has",
-            "No section has a micro_batch.",
-            "Type: --micro-batch 4",
-        )
-    length = tokens or sections.get("packing", {}).get("length") or sections.get("data", {}).get("max_length")
-    if length is None:
-        raise ConfigError(
-            "the config does not say how long rows can be",
-            "The memory of a step is that of its longest rows; data.max_length and packing.length are not set.",
-            "Set data.max_length, or type: --tokens 4096",
-        )
-    on_gpu = trainer.get("device", "auto") != "cpu"
-    precision = trainer.get("precision", "auto")
-    if precision == "auto":
-        precision = "bf16" if on_gpu else "fp32"
-    whole = trainer.get("batch")
-    count = math.ceil(whole / rows) if whole else trainer.get("accumulation", 1)
-    owner = next((job.plugins[0] for job in ctx.plan.jobs if job.hook == "place_model"), "trainer")
-    if owner != "trainer":
-        notes.append(f"'{owner}' places the model; what is counted is one process that holds all of it")
-    import torch
-
-    moved = sections.get("activations", {}).get("offload", "none")
-    if moved != "none" and on_gpu and not torch.cuda.is_available():
-        notes.append(f"activations.offload is {moved}; without CUDA here, what it moves is counted as if it stayed")
-    packed = "packing" in sections
-    return Shape(rows, count, length, packed, precision, on_gpu, tuple(notes))
-
-
-def _dtype(ctx: Context, shape: Shape) -> tuple[tuple[str, ...], list[str]]:
-    """`model.dtype` as it would be on a GPU: without one here, `auto` would be float32."""
-    import torch
-
-    if ctx.config.run.model.dtype != "auto" or not shape.on_gpu or torch.accelerator.is_available():
-        return (), []
-    file = Path(ctx.config.path(ctx.config.run.model.name)) / "config.json"
-    stored = None
-    if file.is_file():
-        content = json.loads(file.read_text(encoding="utf-8"))
-        stored = content.get("dtype") or content.get("torch_dtype")
-    if stored in ("float32", "bfloat16", "float16"):
-        return (f"model.dtype={stored}",), []
-    return ("model.dtype=bfloat16",), ["model.dtype is auto and the weights are not here: taken as bfloat16"]
-
-
-def _device_bytes(device_gib: float | None, shape: Shape) -> int | None:
-    if device_gib is not None:
-        if device_gib <= 0:
-            raise ConfigError(f"the device has {device_gib} GiB", "Nothing fits in that.", "Type: --device-gib 80")
-        return round(device_gib * GIB)
-    import torch
-
-    if shape.on_gpu and torch.cuda.is_available():
-        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
-    return None

@@ -31,7 +31,9 @@ def _verdict(made: Estimate) -> list[str]:
         return ["No device is known here; --device-gib 80 says whether it fits, and the largest micro-batch that does."]
     fits = "fits" if made.fits else "DOES NOT FIT"
     lines = [f"{fits} a device of {_gib(made.device)} GiB."]
-    if made.largest_micro_batch is None:
+    if made.largest_micro_batch is None and made.during.startswith("sampling"):
+        lines.append("Not even one row fits: sample fewer completions at once (rollout-hf.batch), or shorter ones.")
+    elif made.largest_micro_batch is None:
         lines.append("Not even one row fits: shorten rows, recompute (plugin activations), or quantize.")
     else:
         lines.append(f"The largest micro-batch that fits: {made.largest_micro_batch}.")

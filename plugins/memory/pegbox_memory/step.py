@@ -5,8 +5,8 @@
 
 in the order of the run, with the precision, the patches and the loss that the run would have. Rows are as long as they
 can be and every token is trained. On a machine without CUDA, torch's CPU operators stand for those of CUDA: shapes and
-data types of what they keep are the same, but for attention with a mask, so rows are not packed there (packed rows on a
-GPU are attended to by the borders of documents, which needs no mask, as plain rows do).
+data types of what they keep are the same. Plain rows stand for packed ones there: the attention of these asks for the
+values of borders on a CPU, and needs no mask either.
 
     B  rows    T  tokens of a row    N  trained tokens    S  document borders
 """
@@ -24,11 +24,12 @@ from pegbox.assembly import model_request, prepare_model
 from pegbox.errors import PegboxError, RunError
 from pegbox.merging import merge_groups
 from pegbox.rows import Batch
-from pegbox.types import Loss, Model
+from pegbox.types import Loss, Model, ModelRequest
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from pegbox_memory.batches import batch_for, kind_of
+from pegbox_memory.generation import Generation, Peak, sampling_peak
 from pegbox_memory.kernels import allocating
 from pegbox_memory.ledger import Ledger, is_made_of_others
 from pegbox_memory.quantized import StoredBytes, stored_bytes
@@ -64,18 +65,6 @@ class OneProcess:
 
 
 @dataclass
-class Peak:
-    """The most that one step has in memory, in bytes by kind, and what it is doing then."""
-
-    bytes: dict[str, int]
-    during: str
-
-    @property
-    def total(self) -> int:
-        return sum(self.bytes.values())
-
-
-@dataclass
 class TrainedStep:
     """A model ready to be trained on tensors without data; `peak` trains it for a step.
 
@@ -99,17 +88,24 @@ class TrainedStep:
     step_peak: Peak
     notes: list[str] = field(default_factory=list)
     for_gpu: bool = False
+    sampled: dict[Generation, Peak] = field(default_factory=dict)
+    reference: Model | None = None
 
-    def peak(self, rows: int, tokens: int, *, packed: bool, micro_batches: int) -> Peak:
-        """The peak of a step of micro-batches of `rows` rows of `tokens` tokens.
+    def peak(self, rows: int, tokens: int, *, bins: bool, micro_batches: int, prompt: int = 0) -> Peak:
+        """The peak of a step of micro-batches of `rows` rows of `tokens` tokens; of bins of documents if `bins`.
 
         Raises:
             RunError: the model computes something that needs the values of its tensors.
         """
         ledger, kind = self.ledger, kind_of(self.loss)
+        packed = bins and self.device.type == "cuda"
+        if bins and not packed and kind == "pairs":
+            tokens //= 2  # a bin holds both answers
         with self.mode, ledger:
             with ledger.noting("batch"):
-                batch = batch_for(self.loss, kind, rows, tokens, self.device, packed=packed)
+                batch = batch_for(
+                    self.loss, kind, rows, tokens, self.device, packed=packed, prompt=0 if bins else prompt
+                )
             ledger.during = "forward and backward"
             ledger.restart()
             with _explained(self.model), self._kernels():
@@ -120,15 +116,25 @@ class TrainedStep:
             del batch
         return peak if peak.total > self.step_peak.total else self.step_peak
 
+    def sampling_peak(self, generation: Generation) -> Peak:
+        """The peak while completions are sampled; computed once."""
+        if generation not in self.sampled:
+            with _explained(self.model), self._kernels():
+                self.sampled[generation] = sampling_peak(self, generation)
+        return self.sampled[generation]
+
     def _kernels(self) -> AbstractContextManager[None]:
         """On a GPU their kernels compute, whether there is one here or not."""
         return allocating() if self.for_gpu else nullcontext()
 
-    def _forward_backward(self, batch: Batch) -> None:
+    def arithmetic(self) -> AbstractContextManager[None]:
+        """The run's precision."""
         dtype = AUTOCAST.get(self.precision)
-        autocast = torch.autocast(self.device.type, dtype=dtype) if dtype is not None else nullcontext()
+        return torch.autocast(self.device.type, dtype=dtype) if dtype is not None else nullcontext()
+
+    def _forward_backward(self, batch: Batch) -> None:
         self.ledger.during = "forward"
-        with autocast:
+        with self.arithmetic():
             outputs = self.model.compute(self.model.module, batch, self.loss.needs)
         terms = self.loss(batch, outputs).terms
         del outputs
@@ -165,6 +171,11 @@ def trained_step(
     layers = layers_of(model.module)
     _note_parameters(ledger, model.module, adapted=ctx.owned(hooks.apply_adapters))
     _watch(ledger, model.module, layers)
+    reference = reference_copy(ctx, request)
+    if reference is not None:
+        with mode:
+            put(reference.module, device)
+        ledger.note(dict.fromkeys([*reference.module.parameters(), *reference.module.buffers()]), "reference")
     loss = ctx.call(hooks.build_loss, ctx, model)
     groups = merge_groups(model, ctx.each(hooks.configure_groups, ctx, model))
     with mode, ledger:
@@ -175,7 +186,25 @@ def trained_step(
         notes.append("the weights are stored quantized, and counted as the model is built without them")
     peak = Peak(dict(ledger.peak), ledger.peak_during)
     made = (ctx, model, loss, optimizer, ledger, mode, device, precision, len(layers), stored, peak, notes)
-    return TrainedStep(*made, for_gpu=for_gpu)
+    return TrainedStep(*made, for_gpu=for_gpu, reference=reference)
+
+
+def reference_copy(ctx: Context, request: ModelRequest) -> Model | None:
+    """The second model that the plugin reference would hold, on meta; None where it holds none."""
+    section = ctx.config.resolved().get("reference")
+    adapted = ctx.owned(hooks.apply_adapters)
+    how = section["how"] if section else "adapter"
+    if how in ("adapter", "precomputed") or (how == "auto" and adapted):
+        return None
+    options = request.options
+    if section["dtype"] != "policy" or not adapted:
+        options = replace(options, dtype="float32" if section["dtype"] == "policy" else section["dtype"])
+    name, revision = section["model"] or request.name, section["revision"] if section["model"] else request.revision
+    return ctx.call(
+        hooks.load_model,
+        ctx,
+        replace(request, name=name, revision=revision, role="reference", meta=True, options=options),
+    )
 
 
 def put(module: nn.Module, device: torch.device) -> None:

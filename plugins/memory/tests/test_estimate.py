@@ -215,4 +215,4 @@ def test_a_model_that_looks_at_values_is_named(config_of: Config) -> None:
     ctx = compose({**config_of(), "plugins": ["curious", *config_of()["plugins"]]}, instances={"curious": Curious()})
     step = trained_step(ctx, torch.device("cpu"), "fp32")
     with pytest.raises(RunError, match="cannot be made without data"):
-        step.peak(1, 8, packed=False, micro_batches=1)
+        step.peak(1, 8, bins=False, micro_batches=1)

@@ -50,3 +50,10 @@ def test_preferences_need_the_memory_of_twice_the_rows(config_of: Config) -> Non
     plain = estimate(config_of(), tokens=16, micro_batch=4).allocated
     pairs = estimate(with_loss(config_of(), "orpo"), tokens=16, micro_batch=2).allocated
     assert pairs == pytest.approx(plain, rel=0.05)
+
+
+def test_packed_preferences_need_the_memory_of_as_many_tokens(config_of: Config) -> None:
+    packing = {"packing": {"length": 32}}
+    plain = estimate(config_of("packing", **packing), micro_batch=4).allocated
+    pairs = estimate(with_loss(config_of("packing", **packing), "orpo"), micro_batch=4).allocated
+    assert pairs == pytest.approx(plain, rel=0.05)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import peft
@@ -21,7 +21,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, load_peft_weights, set_peft_model_state_dict
 from peft.utils.other import TrainableTokensWrapper
 from pegbox.errors import UserError
-from pegbox.types import ModelOptions
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -152,7 +151,7 @@ def open_adapter(trained: Trained) -> Adapter:
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     config = _mergeable(trained)
-    module = trained.load_base(ModelOptions(dtype="float32"), meta=True).module
+    module = trained.load_base(replace(trained.head, dtype="float32"), meta=True).module
     module.requires_grad_(False)
     names = {(id(part), key): name for name, part, key in _parameters(module)}
     adapter = Adapter(

@@ -3,7 +3,8 @@
 The trained model (adapter on its base, loaded as in training) and the merged one are loaded one after the other. At
 every position of every prompt: the divergence KL(trained || merged), and whether both hold the same token for the
 likeliest. The divergence of the base alone, without the adapter, says how large a difference is; a merge that forgot
-the adapter is near the base, and fails however small that difference is.
+the adapter is near the base, and fails however small that difference is. Of a model that classifies, the numbers that
+its head predicts are compared in place of distributions (scores.py).
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ import gc
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pegbox.errors import RunError, UserError
 
-from pegbox_merge.verdict import LIMITS, RECORD, Figures, add_figures, coarsest
+from pegbox_merge.side_files import tokenizer_of
+from pegbox_merge.verdict import LIMITS, RECORD, Figures, ScoreFigures, add_figures, coarsest
 
 if TYPE_CHECKING:
     import torch
+    from pegbox.types import Model
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
@@ -57,7 +61,7 @@ def read_probes(file: Path | None) -> tuple[str, ...]:
     return found
 
 
-def check(trained: Trained, done: Merged, prompts: Sequence[str] = PROBES) -> Figures:
+def check(trained: Trained, done: Merged, prompts: Sequence[str] = PROBES) -> Figures | ScoreFigures:
     """Compare, and write what was found into `merge.json`.
 
     Raises:
@@ -75,54 +79,81 @@ def check(trained: Trained, done: Merged, prompts: Sequence[str] = PROBES) -> Fi
     return figures
 
 
-def compare(trained: Trained, done: Merged, prompts: Sequence[str]) -> tuple[Figures, str]:
+def compare(trained: Trained, done: Merged, prompts: Sequence[str]) -> tuple[Figures | ScoreFigures, str]:
     """The figures, and whose limits hold for them (see `LIMITS`); both models are loaded, one after the other."""
     import torch
 
-    from pegbox_merge.adapter import ADAPTER
+    from pegbox_merge import scores
 
+    classifies = trained.options.classify is not None
+    look = scores.values if classifies else _log_probabilities
     with _quiet(), torch.inference_mode():
-        rows = _encoded(trained.folder, trained.base_files, prompts)
+        rows = _encoded(tokenizer_of(trained.folder, trained.base_files), prompts)
         device = _device()
         model = _trained_model(trained, device)
-        expected = [_log_probabilities(model, ids) for ids in rows]
-        assert ADAPTER in model.peft_config
-        with model.disable_adapter():
-            bare = [_log_probabilities(model, ids) for ids in rows]
-        ends = _ends(model.get_base_model(), trained.folder)
-        computed = "quantized" if trained.quantized else str(next(model.parameters()).dtype).removeprefix("torch.")
-        kind = coarsest(done.dtype, computed)
+        expected = [look(model, ids) for ids in rows]
+        with _without_adapter(model.module, classifies):
+            bare = [look(model, ids) for ids in rows]
+        ends = set() if classifies else _ends(model.module, trained.folder)
+        computed = str(next(model.module.parameters()).dtype).removeprefix("torch.")
+        kind = coarsest(done.dtype, "quantized" if trained.quantized else computed)
         del model
         gc.collect()
-        merged: Any = trained.load_merged(done.folder).module.to(device).eval()
-        found = [_log_probabilities(merged, ids) for ids in rows]
+        merged = trained.load_merged(done.folder)
+        merged.module.to(device).eval()
+        found = [look(merged, ids) for ids in rows]
+        prompts_equal = rows == _encoded(tokenizer_of(done.folder, done.folder), prompts)
+        if classifies:
+            padded = scores.padded_alike(trained, done.folder, merged)
+            return scores.figures(expected, bare, found, prompts_equal=prompts_equal, padding_equal=padded), kind
         near = LIMITS[kind].near
         figures = Figures(
             kl=_mean([_divergence(a, b) for a, b in zip(expected, found, strict=True)]),
             kl_base=_mean([_divergence(a, b) for a, b in zip(expected, bare, strict=True)]),
             top1=_mean([_same_top(a, b, near) for a, b in zip(expected, found, strict=True)]),
             positions=sum(len(ids) for ids in rows),
-            prompts_equal=rows == _encoded(done.folder, done.folder, prompts),
-            ends_equal=ends == _ends(merged, done.folder),
+            prompts_equal=prompts_equal,
+            ends_equal=ends == _ends(merged.module, done.folder),
         )
         return figures, kind
 
 
-def _trained_model(trained: Trained, device: torch.device) -> Any:
+def _trained_model(trained: Trained, device: torch.device) -> Model:
     import peft
 
-    module = trained.load_base(trained.options).module
-    if not getattr(module, "is_quantized", False):
-        module = module.to(device)
-    return peft.PeftModel.from_pretrained(cast("Any", module), str(trained.folder)).eval()
+    model = trained.load_base(trained.options)
+    if not getattr(model.module, "is_quantized", False):
+        model.module.to(device)
+    wrapped = peft.PeftModel.from_pretrained(cast("Any", model.module), str(trained.folder)).eval()
+    return replace(model, module=wrapped)
 
 
-def _log_probabilities(model: Any, ids: list[int]) -> Tensor:
+@contextmanager
+def _without_adapter(wrapped: Any, classifies: bool) -> Iterator[None]:
+    """The base alone; one that classifies keeps the trained head, without which its numbers would say nothing."""
+    if not classifies:
+        with wrapped.disable_adapter():
+            yield
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [part for part in wrapped.modules() if isinstance(part, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def _log_probabilities(model: Model, ids: list[int]) -> Tensor:
     """Of the next token at every position, in float32 on the host: (tokens, vocabulary)."""
     import torch
 
-    device = next(model.parameters()).device
-    logits_TV = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0]
+    network: Any = model.module
+    device = next(network.parameters()).device
+    logits_TV = network(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0]
     return cast("torch.Tensor", logits_TV).float().log_softmax(-1).cpu()
 
 
@@ -143,13 +174,10 @@ def _mean(parts: list[Tensor]) -> float:
     return float(torch.cat(parts).double().mean())
 
 
-def _encoded(folder: Path, otherwise: Path, prompts: Sequence[str]) -> list[list[int]]:
+def _encoded(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
     """Each prompt as plain text, and as a user's message where there is a chat template."""
     import jinja2
-    from transformers import AutoTokenizer
 
-    has = any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder if has else otherwise))
     rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     if tokenizer.chat_template is not None:
         for prompt in prompts:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pegbox_merge.adapter import Adapter, lacks_rows, open_adapter
 from pegbox_merge.conversion import Group, group, stored_name
-from pegbox_merge.side_files import copy_side_files, write_config
+from pegbox_merge.side_files import copy_side_files, name_classifier, tokenizer_of, write_config
 from pegbox_merge.stored import Entry, Stored
 from pegbox_merge.verdict import RECORD, write_record
 from pegbox_merge.writing import Shape, ShardWriter
@@ -61,10 +61,12 @@ class Work:
 
     Attributes:
         untied: weights that were the same as another one, and no longer are: their stored name and that other weight.
+        new: weights that the base lacks, and their stored names: the head of a model that learnt to classify.
     """
 
     groups: list[Group]
     untied: dict[str, tuple[str, str]]
+    new: dict[str, str]
     skipped: frozenset[str]
 
 
@@ -95,7 +97,7 @@ def _write(trained: Trained, request: MergeRequest, hidden: Path, folder: Path) 
     usual = _usual_dtype(base_config)
     stored = Stored.open(trained.base_files, usual)
     adapter = open_adapter(trained)
-    work = _plan(stored, adapter)
+    work = _plan(stored, adapter, classifies=trained.options.classify is not None)
     wanted = None if request.dtype == "stored" else getattr(torch, request.dtype)
     shapes = _shapes(stored, adapter, work, wanted)
     writer = ShardWriter.open(hidden, shapes, request.max_shard_size)
@@ -105,6 +107,8 @@ def _write(trained: Trained, request: MergeRequest, hidden: Path, folder: Path) 
     finally:
         writer.abort()
     dtype = str(wanted or usual).removeprefix("torch.")
+    if trained.options.classify is not None:
+        name_classifier(base_config, adapter.module, tokenizer_of(trained.folder, trained.base_files))
     write_config(base_config, hidden, dtype=dtype, untied=bool(work.untied), module=adapter.module)
     copy_side_files(trained.folder, trained.base_files, hidden)
     write_record(
@@ -126,7 +130,7 @@ def _write(trained: Trained, request: MergeRequest, hidden: Path, folder: Path) 
     return Merged(folder, dtype, len(shapes), changed, writer.shards)
 
 
-def _plan(stored: Stored, adapter: Adapter) -> Work:
+def _plan(stored: Stored, adapter: Adapter, *, classifies: bool) -> Work:
     groups = group(stored.entries, adapter)
     source_of = {weight: one for one in groups for weight in one.weights}
 
@@ -134,7 +138,8 @@ def _plan(stored: Stored, adapter: Adapter) -> Work:
         return source_of[weight].read(stored.read, adapter.module)[weight]
 
     lost = adapter.changed - source_of.keys() - adapter.tied.keys()
-    if lost:
+    new = {name: stored_name(name, adapter) for name in sorted(lost & adapter.replaced.keys()) if classifies}
+    if lost := lost - new.keys():
         raise UserError(
             f"the base has no stored tensor for {', '.join(sorted(lost)[:3])}",
             "The adapter changes a weight that is not in the checkpoint.",
@@ -142,6 +147,9 @@ def _plan(stored: Stored, adapter: Adapter) -> Work:
         )
     untied: dict[str, tuple[str, str]] = {}
     skipped: set[str] = set()
+    if classifies:
+        # A head for tokens, which the classifying model has no place for.
+        skipped.update(name for one in groups if one.weights[0] not in adapter.shapes for name in one.sources)
     for target, source in adapter.tied.items():
         own = source_of.get(target)
         if adapter.tied_after(target, source, read):
@@ -149,7 +157,7 @@ def _plan(stored: Stored, adapter: Adapter) -> Work:
         else:
             untied[target] = (own.sources[0] if own else stored_name(target, adapter), source)
             skipped.update(own.sources if own is not None else ())
-    return Work(groups, untied, frozenset(skipped))
+    return Work(groups, untied, new, frozenset(skipped))
 
 
 def _shapes(stored: Stored, adapter: Adapter, work: Work, wanted: torch.dtype | None) -> dict[str, Shape]:
@@ -169,6 +177,8 @@ def _shapes(stored: Stored, adapter: Adapter, work: Work, wanted: torch.dtype | 
         like = next(one for one in work.groups if source in one.weights)
         size = adapter.replaced[target].shape if target in adapter.replaced else adapter.shapes[target]
         found[name] = shape(stored.entries[like.sources[0]].dtype, tuple(size))
+    for weight, name in work.new.items():
+        found[name] = shape(adapter.replaced[weight].dtype, tuple(adapter.replaced[weight].shape))
     return found
 
 
@@ -199,7 +209,9 @@ def _fill(writer: ShardWriter, stored: Stored, adapter: Adapter, work: Work) -> 
         tensor = adapter.merged(target, weight) if target in adapter.changed else weight
         writer.write(name, tensor.to(writer.shapes[name].dtype))
         changed += target in adapter.changed
-    return changed
+    for weight, name in work.new.items():
+        writer.write(name, adapter.merged(weight, adapter.replaced[weight]).to(writer.shapes[name].dtype))
+    return changed + len(work.new)
 
 
 def _tensors(one: Group, stored: Stored, adapter: Adapter, touched: set[str]) -> Iterator[tuple[str, Tensor]]:

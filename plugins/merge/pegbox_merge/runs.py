@@ -18,13 +18,16 @@ from pegbox.errors import UserError
 from pegbox.folder import RECORD
 from pegbox.merging import merge_options
 from pegbox.plan import compose
-from pegbox.types import Model, ModelOptions, ModelRequest
+from pegbox.types import Model, ModelOptions, ModelRequest, Role
 
 if TYPE_CHECKING:
     from pegbox.context import Context
 
 CONFIG, ADAPTER = "config.yaml", "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+CLASSIFIES: Mapping[str, Literal["sequence", "token"]] = {"SEQ_CLS": "sequence", "TOKEN_CLS": "token"}
+"""What an adapter's base does, in PEFT's words, where it does not predict the next token."""
 OF_ANY_MODEL = ("text_only", "trust_remote_code")
 """Settings of hf that say how a model is opened, whichever it is."""
 SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py", "*.tiktoken")
@@ -55,12 +58,19 @@ class Trained:
     requantize: bool
 
     def load_base(self, options: ModelOptions, *, meta: bool = False) -> Model:
-        """Load the base as the run did, but for `options`."""
+        """Load the base as the run did, but for `options`; a classifying one with a head that the adapter replaces."""
         form = self.ctx.config.run.model.format
+        # Of a second model the head must be trained already; that of the policy begins as it did in training.
+        role: Role = "policy" if self.options.classify is not None and not meta else "reference"
         request = ModelRequest(
-            name=self.base, format=form, revision=self.revision, role="reference", meta=meta, options=options
+            name=self.base, format=form, revision=self.revision, role=role, meta=meta, options=options
         )
         return self.ctx.call(hooks.load_model, self.ctx, request)
+
+    @property
+    def head(self) -> ModelOptions:
+        """Options that ask for nothing but the head that was trained: for tokens, or one that classifies."""
+        return ModelOptions(classify=self.options.classify, labels=self.options.labels)
 
     def load_merged(self, folder: Path) -> Model:
         """Load a merged folder. What the run changed in its base (tokens, settings) is in the folder already."""
@@ -69,7 +79,9 @@ class Trained:
         if "trust_remote_code" in kept:
             kept["trust_remote_code"] = [str(folder)]
         ctx = compose({"model": {"name": str(folder)}, "plugins": ["hf"], "hf": kept})
-        request = ModelRequest(name=str(folder), format=ctx.config.run.model.format, role="reference")
+        request = ModelRequest(
+            name=str(folder), format=ctx.config.run.model.format, role="reference", options=self.head
+        )
         return ctx.call(hooks.load_model, ctx, request)
 
 
@@ -86,6 +98,9 @@ def open_run(folder: Path, base: str | None = None, onto: Literal["trained", "pu
     revision = None if base or Path(name).exists() else adapter.get("revision")
     ctx = compose(_config(folder, name))
     options = merge_options(ctx.each(hooks.configure_model, ctx))
+    if options.classify is None and adapter.get("task_type") in CLASSIFIES:
+        labels = _labels(folder, adapter)
+        options = replace(options, classify=CLASSIFIES[adapter["task_type"]], labels=labels)
     files = _base_folder(name, revision)
     stored = _quantization(files)
     quantized_here = options.quantization is not None and stored is None
@@ -133,6 +148,27 @@ def _require_adapter(folder: Path) -> None:
     )
 
 
+def _labels(folder: Path, adapter: Mapping[str, Any]) -> int:
+    """How many numbers a classifying adapter's head predicts: the rows of its weight.
+
+    Raises:
+        UserError: the adapter's file holds no head.
+    """
+    from safetensors import safe_open
+
+    if (folder / ADAPTER_WEIGHTS).is_file():
+        with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+            stored = set(file.keys())
+            for name in adapter.get("modules_to_save") or ():
+                if (weight := f"base_model.model.{name}.weight") in stored:
+                    return int(file.get_slice(weight).get_shape()[0])
+    raise UserError(
+        f"the adapter in {folder} classifies ({adapter['task_type']}), and {ADAPTER_WEIGHTS} holds no head",
+        "A head that is not in the adapter is nowhere: its first weights were random numbers.",
+        "Train it with the head among its modules_to_save.",
+    )
+
+
 def _base_name(folder: Path, adapter: Mapping[str, Any], given: str | None) -> str:
     name = given or adapter.get("base_model_name_or_path")
     if not name:
@@ -158,11 +194,10 @@ def _config(folder: Path, base: str) -> dict[str, Any]:
     file = folder / CONFIG
     if not file.is_file():
         return {"model": {"name": base}, "plugins": ["hf"]}
-    config = dict(yaml.safe_load(file.read_text(encoding="utf-8")))
-    config["model"] = {**config["model"], "name": base, "revision": None}
-    trusted = (config.get("hf") or {}).get("trust_remote_code")
+    config: dict[str, Any] = {"extends": str(file), "model": {"name": base, "revision": None}}
+    trusted = (yaml.safe_load(file.read_text(encoding="utf-8")).get("hf") or {}).get("trust_remote_code")
     if trusted:
-        config["hf"] = {**config["hf"], "trust_remote_code": [*trusted, base]}
+        config["hf"] = {"trust_remote_code": [*trusted, base]}
     return config
 
 

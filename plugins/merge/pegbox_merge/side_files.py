@@ -6,7 +6,10 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TOKENIZER = (
     "tokenizer*",
@@ -35,6 +38,30 @@ def copy_side_files(run: Path, base: Path, target: Path) -> None:
             _copy(file, target)
     for file in _matching(base, ("*.py",)):
         _copy(file, target)
+
+
+def tokenizer_of(folder: Path, otherwise: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder, or that of another one where it has none."""
+    from transformers import AutoTokenizer
+
+    has = any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
+    made: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder if has else otherwise))
+    return made
+
+
+def name_classifier(base: dict[str, Any], module: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have the config name the class that opens a classifying model, and the token that pads its rows.
+
+    transformers' sequence classifiers score the rightmost token that is not `pad_token_id`.
+
+    Args:
+        base: the base's config; changed.
+        module: the model as it was trained; its config is changed.
+    """
+    base["architectures"] = [type(module).__name__]
+    if tokenizer.pad_token_id is not None:
+        for part in (module.config, module.config.get_text_config()):
+            part.pad_token_id = tokenizer.pad_token_id
 
 
 def write_config(base: Mapping[str, Any], target: Path, *, dtype: str, untied: bool, module: Any) -> None:

@@ -11,12 +11,22 @@ import peft
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedTokenizerFast,
+)
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from tiny_bases import BASES
 
+OPENS = {
+    "CAUSAL_LM": AutoModelForCausalLM,
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "TOKEN_CLS": AutoModelForTokenClassification,
+}
 MakeAdapter = Callable[..., Path]
 
 
@@ -60,10 +70,11 @@ def bases(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
 def adapter_on(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> MakeAdapter:
     """`adapter_on(base, r=4, ...)`: the folder of an adapter whose weights all moved off their beginning."""
 
-    def make(base: Path, *, size: float = 0.05, **settings: Any) -> Path:
+    def make(base: Path, *, size: float = 0.05, labels: int = 1, **settings: Any) -> Path:
         config = peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **settings})
         torch.manual_seed(1)
-        wrapped = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        model = OPENS[config.task_type].from_pretrained(base, num_labels=labels)
+        wrapped = peft.get_peft_model(model, config)
         with torch.no_grad():
             for parameter in wrapped.parameters():
                 if parameter.requires_grad:

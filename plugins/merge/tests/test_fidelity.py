@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from exported_runs import change
 from pegbox.errors import RunError, UserError
 from pegbox_merge.fidelity import _same_top, check, read_probes
 from pegbox_merge.merging import Merged, MergeRequest, write_merged
@@ -28,16 +29,10 @@ def status(done: Merged) -> str:
     return json.loads((done.folder / "merge.json").read_text())["status"]
 
 
-def change(done: Merged, name: str, value: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    file = done.folder / "model.safetensors"
-    weights = load_file(file)
-    save_file({**weights, name: value(weights[name]).contiguous()}, file, metadata={"format": "pt"})
-
-
 def forget_one_adapter(made: Made) -> None:
     trained, done = made
     name = "model.layers.1.mlp.down_proj.weight"
-    change(done, name, lambda _: load_file(trained.base_files / "model.safetensors")[name])
+    change(done.folder, name, lambda _: load_file(trained.base_files / "model.safetensors")[name])
 
 
 def forget_all_adapters(made: Made) -> None:
@@ -47,7 +42,7 @@ def forget_all_adapters(made: Made) -> None:
 
 
 def swap_rows(made: Made) -> None:
-    change(made[1], "model.layers.0.self_attn.q_proj.weight", lambda weight: weight.flip(0))
+    change(made[1].folder, "model.layers.0.self_attn.q_proj.weight", lambda weight: weight.flip(0))
 
 
 def other_template(made: Made) -> None:

@@ -27,7 +27,9 @@ class RewardPlugin:
     def register_items(self) -> Sequence[Item]:
         from pegbox_reward.health import rules
 
-        return rules()
+        smallest = Item(kind="metric", name="min_reward", target="min", doc="Smallest reward of an answer.")
+        largest = Item(kind="metric", name="max_reward", target="max", doc="Largest reward of an answer.")
+        return [*rules(), smallest, largest]
 
     @hookimpl
     def configure_model(self) -> ModelOptions:

@@ -44,7 +44,7 @@ def bradley_terry(chosen_P: Tensor, rejected_P: Tensor, margin_P: Tensor | float
 class RewardLoss:
     """The term `reward`, and `center` where it is weighed.
 
-    Metrics have TRL's names. `min_reward` and `max_reward` are means over micro-batches of the smallest and largest.
+    Metrics have TRL's names. `min_reward` and `max_reward` are extremes of all that is logged at once.
     """
 
     needs: frozenset[Need] = frozenset({"values"})

@@ -70,6 +70,7 @@ def test_the_chosen_answers_win_and_health_rules_look_at_what_is_logged(train: T
     assert trained.metrics["eval_loss"] < 0.7
     logged = [json.loads(line) for line in (trained.folder / "metrics.jsonl").read_text().splitlines()]
     assert {"loss", "accuracy", "margin", "mean_reward", "min_reward", "max_reward"} <= logged[0].keys()
+    assert all(line["min_reward"] < line["mean_reward"] < line["max_reward"] for line in logged if "min_reward" in line)
     rules = compose({"model": {"name": "tiny"}, "plugins": ["reward"]}).items("health_rule")
     assert {item.target["metric"] for item in rules.values()} <= trained.metrics.keys()
     assert all(name.startswith("reward-") and item.target["source"] for name, item in rules.items())

@@ -21,38 +21,46 @@ LEAST = 32
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]
-    """A layer's keys and values `_BKUD`, seen as the filled part of larger tensors."""
+    """A layer's keys and values `_BKUD`, seen as the filled part of larger tensors with room for `most` tokens."""
 
     keys: Tensor
     values: Tensor
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append; returns all keys and values."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self._rooms: list[Tensor | None] = [None, None]
-        keys: Tensor = self._appended(0, self.keys, key_states)
-        values: Tensor = self._appended(1, self.values, value_states)
-        self.keys, self.values = keys, values
-        return keys, values
+        self.keys = self._appended(self.keys, key_states)
+        self.values = self._appended(self.values, value_states)
+        return self.keys, self.values
 
-    def _appended(self, which: int, had: Tensor, new: Tensor) -> Tensor:
+    def _appended(self, had: Tensor, new: Tensor) -> Tensor:
         if had.numel() == 0:
             return new
-        used, room = had.shape[-2], self._rooms[which]
+        used = had.shape[-2]
         needed = used + new.shape[-2]
-        # Rows that were chosen or doubled are another tensor: they get a room of their own.
-        if room is None or had.data_ptr() != room.data_ptr() or had.shape[0] != room.shape[0] or room.shape[2] < needed:
-            size = needed + max(LEAST, needed // 2)
+        # A head's tokens stand together, so what lies between two heads is room. Rows that were chosen or doubled are a
+        # tensor of their own, without any; what they were chosen from is free from then on.
+        if had.stride(1) // had.stride(2) < needed:
+            size = max(needed, min(self._most, needed + max(LEAST, needed // 2)))
             room = torch.empty(*had.shape[:2], size, had.shape[3], dtype=had.dtype, device=had.device)
             room[:, :, :used] = had
-            self._rooms[which] = room
-        room[:, :, used:needed] = new
-        return room[:, :, :needed]
+            had = room
+        grown = had.as_strided((*had.shape[:2], needed, had.shape[3]), had.stride())
+        grown[:, :, used:] = new
+        return grown
 
 
-def roomy_cache(config: Any) -> DynamicCache:
-    """The dynamic cache of a model, whose layers over whole rows have room; others stay as transformers makes them."""
+def roomy_cache(config: Any, most: int) -> DynamicCache:
+    """The dynamic cache of a model, whose layers over whole rows have room; others stay as transformers makes them.
+
+    Args:
+        most: tokens that a row will have at the most.
+    """
     cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [RoomyLayer(most) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache

@@ -135,6 +135,10 @@ def _arithmetic_of(network: Any, runtime: Runtime) -> Iterator[None]:
     import torch
 
     dtype, attention = AUTOCAST.get(runtime.precision), network.config._attn_implementation
+    own = "sdpa" if attention == PACKED else attention
+    if (dtype or network.dtype) not in AUTOCAST.values():
+        # transformers takes flash attention wherever it is installed, and that has no float32.
+        own = f"paged|{own.removeprefix('paged|')}"
     before, forward = vars(network).get("forward"), network.forward
 
     @wraps(forward)
@@ -142,8 +146,7 @@ def _arithmetic_of(network: Any, runtime: Runtime) -> Iterator[None]:
         with torch.autocast(runtime.device.type, dtype=dtype, enabled=dtype is not None):
             return forward(*given, **named)
 
-    if attention == PACKED:
-        network.config._attn_implementation = "sdpa"
+    network.config._attn_implementation = own
     _set_forward(network, within)
     try:
         yield

@@ -111,7 +111,7 @@ class Engine:
         self._network.generate(
             input_ids=ids_PT.to(self._runtime.device),
             attention_mask=mask_PT.to(self._runtime.device),
-            past_key_values=roomy_cache(self._network.config),
+            past_key_values=roomy_cache(self._network.config, longest + max_tokens),
             generation_config=generation_config(max_tokens, self._processor.pad_id, ending),
             custom_generate=decode,
             task=task,

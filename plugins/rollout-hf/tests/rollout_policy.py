@@ -43,3 +43,19 @@ def request(samples: int = 1, prompts: Sequence[Sequence[int]] = PROMPTS, **samp
 
 def completions(batch: RolloutBatch) -> list[tuple[int, ...]]:
     return [rollout.completion for rollout in batch.rollouts]
+
+
+def chi_square_z(p_V: torch.Tensor, tokens: Sequence[int]) -> float:
+    """How far drawn tokens are from their probabilities: Pearson's statistic as a normal deviate (Wilson, Hilferty).
+
+    That of a right sampler is beyond 3.9 once in 10,000 seeds. Tokens that are expected less than five times are one.
+    """
+    expected_V = p_V * len(tokens)
+    seen_V = torch.bincount(torch.tensor(list(tokens)), minlength=len(p_V)).double()
+    often = expected_V >= 5
+    expected = torch.cat([expected_V[often], expected_V[~often].sum()[None]])
+    seen = torch.cat([seen_V[often], seen_V[~often].sum()[None]])
+    freedom = len(expected) - 1
+    assert freedom > 5
+    statistic = float(((seen - expected) ** 2 / expected).sum())
+    return ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / (2 / (9 * freedom)) ** 0.5

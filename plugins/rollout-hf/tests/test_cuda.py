@@ -1,4 +1,7 @@
-"""On a GPU: continuous batching and the loop sample the same greedy tokens, with the model's log-probabilities."""
+"""On a GPU, through the engine: what is sampled, by the loop and by continuous batching, and what is left as it was.
+
+`test_continuous.py` looks at continuous batching more closely, on a GPU too where there is one.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ def test_log_probabilities_are_those_of_a_forward(
         module.to(torch.bfloat16)
     state = torch.cuda.get_rng_state(), torch.get_rng_state()
     attention = module.config._attn_implementation
-    made = engine(model, Gpu(precision), continuous=continuous)
+    made = engine(model, Gpu(precision), continuous=continuous, cache_share=0.01)
     batch = made.generate(request(samples=3, temperature=temperature), seed=5)
     assert all(
         torch.equal(a, b) for a, b in zip(state, (torch.cuda.get_rng_state(), torch.get_rng_state()), strict=True)

@@ -10,7 +10,7 @@ from pegbox.rollouts import Rollout, Sampling
 from pegbox.testing.tiny import EOS, tiny_processor
 from pegbox.types import Model
 from pegbox_rollout_hf.sampling import Chooser, invert, uniforms
-from rollout_policy import PROMPTS, completions, engine, request
+from rollout_policy import PROMPTS, chi_square_z, completions, engine, request
 
 
 def taught(module: Any, rollout: Rollout, temperature: float = 1.0) -> torch.Tensor:
@@ -97,16 +97,7 @@ def test_tokens_come_up_as_often_as_their_probability(model: Model) -> None:
     batch = engine(model, batch=count).generate(request(count, [prompt], max_tokens=1, temperature=1.0), seed=1)
     with torch.no_grad():
         p_V = model.module.eval()(torch.tensor([prompt])).logits[0, -1].double().softmax(-1)
-    seen_V = torch.bincount(torch.tensor([one.completion[0] for one in batch.rollouts]), minlength=len(p_V)).double()
-    often = p_V * count >= 5
-    expected = torch.cat([p_V[often], p_V[~often].sum()[None]]) * count
-    seen = torch.cat([seen_V[often], seen_V[~often].sum()[None]])
-    statistic = float(((seen - expected) ** 2 / expected).sum())
-    freedom = len(expected) - 1
-    assert freedom > 5
-    # Wilson and Hilferty's normal approximation of the chi-square distribution.
-    z = ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / (2 / (9 * freedom)) ** 0.5
-    assert abs(z) < 3.9
+    assert abs(chi_square_z(p_V, [one.completion[0] for one in batch.rollouts])) < 3.9
 
 
 @pytest.mark.parametrize(
