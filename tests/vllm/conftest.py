@@ -14,8 +14,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import grpo_runs
 from meddling import Proxy
-from rollout_runs import OWN, VLLM_PYTHON, StartedRun
+from rollout_runs import SHARED, VLLM_PYTHON, StartedRun
 
 VOCABULARY = 256
 
@@ -57,7 +58,7 @@ def wider_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def served(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a real vLLM that serves `base` in float32 and takes adapters."""
+    """Address of a real vLLM that serves `base` in float32 and takes adapters, and full weights in every way."""
     from pegbox_rollout_vllm.client import Client
     from pegbox_rollout_vllm.config import RolloutVllmConfig
     from pegbox_rollout_vllm.options import Shape
@@ -65,13 +66,21 @@ def served(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
 
     assert VLLM_PYTHON.exists(), "vLLM is not installed; type: make vllm"
     log = tmp_path_factory.mktemp("served") / "server.log"
-    server = OwnServer(RolloutVllmConfig(**OWN), Shape(str(base), 4), "fp32", log)
+    server = OwnServer(RolloutVllmConfig(**SHARED), Shape(str(base), 4), "fp32", log)
     server.start()
     try:
         assert Client(server.url, 60.0).wait(lambda: server.alive, 240.0), server.last_lines()
         yield server.url
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(served: str, base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The rewards of a run with nothing in its way."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert grpo_runs.run(folder, base, grpo_runs.Rewarding(), url=served).reason == "finished"
+    return grpo_runs.rewards(folder)
 
 
 @pytest.fixture

@@ -22,13 +22,14 @@ class Proxy:
     """Passes everything on, but for what its attributes say; they may change while it runs.
 
     Attributes:
-        swallows: paths that are answered with 200 and not passed on.
+        swallows: paths that are answered with 200 and not passed on; `swallows_methods`: calls of workers likewise.
         asks, answers: what becomes of the body of a completion's request, and of its answer.
         port: where it listens.
     """
 
     def __init__(self, url: str, port: int = 0) -> None:
         self.swallows: frozenset[str] = frozenset()
+        self.swallows_methods: frozenset[str] = frozenset()
         self.asks: Rewrite = untouched
         self.answers: Rewrite = untouched
         self._server = ThreadingHTTPServer(("127.0.0.1", port), _handler(self, urlsplit(url).netloc))
@@ -50,7 +51,9 @@ def _handler(proxy: Proxy, target: str) -> type[BaseHTTPRequestHandler]:
             self._pass_on(self.rfile.read(int(self.headers["Content-Length"])))
 
         def _pass_on(self, body: bytes | None) -> None:
-            if self.path in proxy.swallows:
+            if self.path in proxy.swallows or (
+                self.path == "/collective_rpc" and json.loads(body or b"{}")["method"] in proxy.swallows_methods
+            ):
                 self._reply(200, b'{"results": [null]}')
                 return
             completion = body is not None and self.path == "/v1/completions"

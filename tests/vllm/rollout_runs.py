@@ -28,6 +28,13 @@ OWN = {
     "env": {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
 }
 """Settings of a small server that the run starts."""
+WORKER = REPOSITORY / "plugins/rollout-vllm/pegbox_rollout_vllm/worker"
+SHARED = {
+    **OWN,
+    "args": [*OWN["args"], "--worker-extension-cls", "pegbox_broadcast.Receiver"],  # type: ignore[misc]
+    "env": {**OWN["env"], "PYTHONPATH": str(WORKER)},  # type: ignore[dict-item]
+}
+"""Settings of a server that takes weights in every way, as somebody would start it by hand."""
 PROMPTS = tuple((5 + index, 6, 7, 8) for index in range(6))
 
 
@@ -67,6 +74,11 @@ class StartedRun:
             for parameter in self.model.module.parameters():
                 if parameter.requires_grad:
                     parameter.add_(torch.randn(parameter.shape, generator=source), alpha=size)
+
+    @property
+    def vllm(self) -> Any:
+        """What the plugin speaks with."""
+        return self.ctx.kernel.active["rollout-vllm"].instance._engine._vllm  # type: ignore[attr-defined]
 
     def sync(self, version: int) -> SyncReceipt:
         update = WeightUpdate(version=version, kind="adapter" if self.model.adapter else "full", tensors=())

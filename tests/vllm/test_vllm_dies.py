@@ -70,8 +70,7 @@ def _resident(pid: int) -> int:
 def test_somebody_elses_server_that_is_killed_stops_the_run(started: Start, wider_base: Path) -> None:
     host = started(model=wider_base, **{**OWN, "restarts": 0})
     host.sync(0)
-    url = host.ctx.kernel.active["rollout-vllm"].instance._engine._connection.client.url  # type: ignore[attr-defined]
-    run = started(model=wider_base, url=url)
+    run = started(model=wider_base, url=host.vllm.client.url)
     run.sync(0)
     os.kill(server_of(wider_base), signal.SIGKILL)
     with pytest.raises(RunError, match=r"(?s)is gone.*\nThe run did not start it.*resume=auto") as error:

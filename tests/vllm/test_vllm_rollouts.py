@@ -102,7 +102,7 @@ def test_rollouts_stand_in_order_and_carry_columns_and_versions(synced: StartedR
 
 
 def test_a_prompt_without_room_for_its_completion_is_an_error(synced: StartedRun) -> None:
-    with pytest.raises(RunError, match=r"a prompt of 100 tokens and 29 new ones are more than the vLLM server's 128"):
+    with pytest.raises(RunError, match=r"a prompt of 100 tokens and 29 new ones are more than vLLM's 128"):
         synced.generate(prompts=((5,) * 100,), max_tokens=29)
 
 

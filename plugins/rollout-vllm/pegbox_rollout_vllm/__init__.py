@@ -1,4 +1,4 @@
-"""Rollouts from vLLM: a server that the run starts, watches and stops, or one that exists; every update is proven."""
+"""Rollouts from vLLM: a server of the run's own, one that exists, or in this process; every update is proven."""
 
 from __future__ import annotations
 

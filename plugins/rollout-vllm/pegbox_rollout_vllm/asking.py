@@ -32,16 +32,16 @@ def prompt_seed(seed: int, index: int) -> int:
     return int.from_bytes(digest, "big") >> 2
 
 
-def completion_body(name: str, request: RolloutRequest, index: int, stop_ids: Sequence[int]) -> dict[str, object]:
-    """The request for all samples of prompt `index` of the model `name`. Greedy samples are all the same: one is asked.
+def sampling_fields(request: RolloutRequest, index: int, stop_ids: Sequence[int]) -> dict[str, Any]:
+    """How prompt `index` is sampled, by the names that vLLM's endpoint and its `SamplingParams` share.
+
+    Greedy samples are all the same: one is asked.
 
     Args:
         stop_ids: ids that end a completion, those of the sampling included.
     """
     sampling = request.sampling
-    body: dict[str, object] = {
-        "model": name,
-        "prompt": list(request.prompts[index]),
+    fields: dict[str, Any] = {
         "n": 1 if greedy(sampling) else request.samples,
         "max_tokens": sampling.max_tokens,
         "temperature": sampling.temperature,
@@ -53,16 +53,36 @@ def completion_body(name: str, request: RolloutRequest, index: int, stop_ids: Se
         "stop_token_ids": list(stop_ids),
         "skip_special_tokens": False,
         "logprobs": 0,
+    }
+    if sampling.seed is not None:
+        fields["seed"] = prompt_seed(sampling.seed, index)
+    return fields
+
+
+SCORED = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+"""Log-probabilities of given tokens; vLLM makes one token at least."""
+SINGLE = {"max_tokens": 1, "temperature": 1.0, "top_k": 1, "logprobs": 0}
+"""One token, the only one that is allowed: its probability after the filters is 1."""
+
+
+def completion_body(name: str, request: RolloutRequest, index: int, stop_ids: Sequence[int]) -> dict[str, object]:
+    """The request for all samples of prompt `index` of the model `name`."""
+    return {
+        "model": name,
+        "prompt": list(request.prompts[index]),
+        **sampling_fields(request, index, stop_ids),
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
     }
-    if sampling.seed is not None:
-        body["seed"] = prompt_seed(sampling.seed, index)
-    return body
 
 
 def greedy(sampling: Sampling) -> bool:
     return sampling.temperature == 0
+
+
+def samples_of(request: RolloutRequest, found: list[Completion]) -> list[Completion]:
+    """As many completions of a prompt as were asked for, of those that `sampling_fields` lets vLLM make."""
+    return found * request.samples if greedy(request.sampling) else found
 
 
 def completions(answer: Mapping[str, Any], name: str, wanted: int) -> list[Completion]:
@@ -91,13 +111,22 @@ def _completion(choice: Mapping[str, Any]) -> Completion:
             f"Token ids: {str(tokens)[:80]}; tokens of the log-probabilities: {str(named)[:80]}.",
             "Use a vLLM that knows return_token_ids (0.10 or newer).",
         )
-    if choice["finish_reason"] not in ("stop", "length") or not all(map(_finite, logps)):
+    return completed(tokens, logps, choice["finish_reason"])
+
+
+def completed(tokens: Sequence[int], logps: Sequence[float], reason: str | None) -> Completion:
+    """A completion that ended as completions do.
+
+    Raises:
+        RunError: it did not.
+    """
+    if reason not in ("stop", "length") or not all(map(_finite, logps)):
         raise RunError(
-            f"vLLM ended a completion with '{choice['finish_reason']}' after {len(tokens)} tokens",
+            f"vLLM ended a completion with '{reason}' after {len(tokens)} tokens",
             "It was broken off, or its log-probabilities are not numbers.",
-            "Look at the server's log.",
+            "Look at its log.",
         )
-    return Completion(tuple(tokens), tuple(map(float, logps)), choice["finish_reason"] == "stop")
+    return Completion(tuple(tokens), tuple(map(float, logps)), reason == "stop")
 
 
 def _finite(value: object) -> bool:
@@ -119,15 +148,8 @@ def require_model(answer: Mapping[str, Any], name: str) -> None:
 
 
 def score_body(name: str, tokens: Sequence[int]) -> dict[str, object]:
-    """The request for the log-probabilities of given tokens; vLLM makes one token at least."""
-    return {
-        "model": name,
-        "prompt": list(tokens),
-        "max_tokens": 1,
-        "temperature": 0,
-        "prompt_logprobs": 0,
-        "return_token_ids": True,
-    }
+    """The request for the log-probabilities of given tokens."""
+    return {"model": name, "prompt": list(tokens), **SCORED, "return_token_ids": True}
 
 
 def scores(answer: Mapping[str, Any], name: str, tokens: Sequence[int]) -> list[float]:
@@ -148,8 +170,8 @@ def scores(answer: Mapping[str, Any], name: str, tokens: Sequence[int]) -> list[
 
 
 def single_body(name: str, tokens: Sequence[int]) -> dict[str, object]:
-    """A request whose one token is the only one that is allowed: its probability after the filters is 1."""
-    return {"model": name, "prompt": list(tokens), "max_tokens": 1, "temperature": 1.0, "top_k": 1, "logprobs": 0}
+    """The request for the only token that is allowed."""
+    return {"model": name, "prompt": list(tokens), **SINGLE}
 
 
 def require_processed(answer: Mapping[str, Any]) -> None:
@@ -159,9 +181,18 @@ def require_processed(answer: Mapping[str, Any]) -> None:
         ConfigError: the server reports log-probabilities before temperature and filters.
     """
     (logp,) = answer["choices"][0]["logprobs"]["token_logprobs"]
+    require_certain(logp)
+
+
+def require_certain(logp: float) -> None:
+    """Raise unless the only token that may be sampled has probability 1.
+
+    Raises:
+        ConfigError: it has not.
+    """
     if abs(logp) > 1e-6:
         raise ConfigError(
-            f"the vLLM server says that the only token it may sample has the log-probability {logp:.3g}",
+            f"vLLM says that the only token it may sample has the log-probability {logp:.3g}",
             "It reports log-probabilities before temperature and filters, not those of what it samples from.",
             "Start it with --logprobs-mode processed_logprobs.",
         )

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from pegbox.errors import RunError
-from safetensors import safe_open
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from pegbox_rollout_vllm.cargo import Cargo
 
 JOINED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -35,66 +34,52 @@ class Readable(NamedTuple):
     dtype: torch.dtype
 
 
-class Checkpoint:
-    """The tensors of a folder of safetensors files by name, read when they are asked for."""
-
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
-        self._files: dict[str, object] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            opened = stack.enter_context(safe_open(path, framework="pt"))
-            self._files.update(dict.fromkeys(opened.keys(), opened))
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
-
-    def digest(self, parts: Sequence[str], dtype: torch.dtype) -> str:
-        """SHA-256 of these tensors' bytes, joined along the first dimension, in a data type."""
-        tensors = [self._files[name].get_tensor(name) for name in parts]  # type: ignore[attr-defined]
-        return digest(torch.cat(tensors) if len(tensors) > 1 else tensors[0], dtype)
-
-
 def digest(tensor: Tensor, dtype: torch.dtype) -> str:
     """SHA-256 of a tensor's bytes in a data type."""
-    return hashlib.sha256(tensor.to(dtype).contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.detach().to(dtype).cpu().contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
+
+
+def joined(tensors: Mapping[str, Tensor], parts: Sequence[str], dtype: torch.dtype) -> str:
+    """SHA-256 of these tensors' bytes, joined along the first dimension, in a data type."""
+    found = [tensors[name] for name in parts]
+    return digest(torch.cat(found) if len(found) > 1 else found[0], dtype)
 
 
 def parts_of(name: str) -> tuple[str, ...]:
     """Names in a checkpoint of what a worker's parameter consists of."""
     plain = name.rpartition(":")[2].replace(".base_layer.", ".")
-    for joined, single in JOINED.items():
-        if f".{joined}." in plain:
-            return tuple(plain.replace(f".{joined}.", f".{part}.") for part in single)
+    for whole, single in JOINED.items():
+        if f".{whole}." in plain:
+            return tuple(plain.replace(f".{whole}.", f".{part}.") for part in single)
     return (plain,)
 
 
-def readable(checksums: Mapping[str, str], folder: Path) -> dict[str, Readable]:
-    """Which of the workers' parameters equal ours; call it when they are known to hold this folder's weights."""
+def readable(checksums: Mapping[str, str], cargo: Cargo) -> dict[str, Readable]:
+    """Which of the workers' parameters equal ours; call it when they are known to hold these weights."""
     found = {}
-    with ExitStack() as stack:
-        checkpoint = Checkpoint(folder, stack)
+    with cargo.tensors() as tensors:
         for name, value in checksums.items():
             parts = parts_of(name)
-            if not all(part in checkpoint for part in parts):
+            if not all(part in tensors for part in parts):
                 continue
-            dtypes = (dtype for dtype in DTYPES if checkpoint.digest(parts, dtype) == value)
+            dtypes = (dtype for dtype in DTYPES if joined(tensors, parts, dtype) == value)
             if (dtype := next(dtypes, None)) is not None:
                 found[name] = Readable(parts, dtype)
     return found
 
 
-def require_equal(checksums: Mapping[str, str], folder: Path, known: Mapping[str, Readable], version: str) -> None:
+def require_equal(checksums: Mapping[str, str], cargo: Cargo, known: Mapping[str, Readable], version: str) -> None:
     """Compare every readable parameter.
 
     Raises:
-        RunError: the workers hold other weights than those of `folder`.
+        RunError: the workers hold other weights than these.
     """
-    with ExitStack() as stack:
-        checkpoint = Checkpoint(folder, stack)
-        other = [name for name, it in known.items() if checksums.get(name) != checkpoint.digest(it.parts, it.dtype)]
+    with cargo.tensors() as tensors:
+        other = [name for name, it in known.items() if checksums.get(name) != joined(tensors, it.parts, it.dtype)]
     if other:
         raise RunError(
-            f"the vLLM server does not hold the weights of {version}: {len(other)} of {len(known)} checksums that its "
+            f"vLLM does not hold the weights of {version}: {len(other)} of {len(known)} checksums that its "
             f"workers give are others, first {other[0]}",
             "It keeps older weights, or somebody else sends it weights as well.",
-            "Look at the server's log; nothing but this run may update it.",
+            "Look at its log; nothing but this run may update it.",
         )

@@ -1,18 +1,26 @@
-"""The way to a server: one that exists, or one that the run starts, and starts again after its death."""
+"""A vLLM in another process, by HTTP: one that exists, or one that the run starts, and starts again after its death."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pegbox.errors import ConfigError, PegboxError, RunError
 
+from pegbox_rollout_vllm.asking import require_processed, score_body, scores, single_body
+from pegbox_rollout_vllm.cargo import Cargo, Folder
 from pegbox_rollout_vllm.client import Client, Refused, ServerGone
 from pegbox_rollout_vllm.options import SERVED
+from pegbox_rollout_vllm.sampler import ask_all
+from pegbox_rollout_vllm.serving import UnknownToken
 
 if TYPE_CHECKING:
     import logging
 
+    from pegbox.rollouts import RolloutRequest
+
+    from pegbox_rollout_vllm.asking import Completion
     from pegbox_rollout_vllm.config import RolloutVllmConfig
     from pegbox_rollout_vllm.server import OwnServer
 
@@ -22,13 +30,11 @@ EXISTING_S = 10.0
 
 
 class Connection:
-    """See the module.
+    """See the module, and `serving.Vllm`.
 
     Attributes:
         client: what to ask with; another one after a restart.
-        base: the name under which the server serves the base model, and `root`, where it was loaded from.
-        longest: tokens of a prompt and its completion together, at most; None: the server does not say.
-        met: how often a server was reached anew.
+        root: where the server loaded the base model from.
     """
 
     def __init__(self, config: RolloutVllmConfig, server: OwnServer | None, log: logging.Logger) -> None:
@@ -42,11 +48,13 @@ class Connection:
 
     @property
     def own(self) -> bool:
-        """Whether the run started it."""
         return self._server is not None
 
+    @property
+    def title(self) -> str:
+        return f"the vLLM server at {self.client.url}"
+
     def start(self) -> None:
-        """Start a server of our own; nobody waits for it."""
         if self._server is not None:
             self._server.start()
 
@@ -148,7 +156,7 @@ class Connection:
         """Let it give its memory back; a server that is gone is seen when it is needed again."""
         if not self._asleep and self.met:
             try:
-                self.client.post("/sleep?level=1")
+                self.client.post(f"/sleep?level={self._config.sleep_level}")
                 self._asleep = True
             except ServerGone as gone:
                 self._log.warning("rollout-vllm: the server could not be put to sleep: %s", gone)
@@ -157,7 +165,99 @@ class Connection:
                 if not isinstance(problem, ServerGone):
                     raise problem from error
 
-    def wake(self) -> None:
-        if self._asleep:
-            self.client.post("/wake_up")
-            self._asleep = False
+    def wake(self) -> bool:
+        if not self._asleep:
+            return False
+        self.client.post("/wake_up")
+        self._asleep = False
+        return self._config.sleep_level == 2
+
+    def complete(
+        self, name: str, request: RolloutRequest, stop_ids: Sequence[int], made: dict[int, list[Completion]]
+    ) -> None:
+        ask_all(self.client, name, request, stop_ids, self._config.parallel, made)
+
+    def score(self, name: str, tokens: Sequence[int]) -> list[float]:
+        try:
+            answer = self.client.post("/v1/completions", score_body(name, tokens))
+        except Refused as error:
+            if "vocabulary" in error.message:
+                raise UnknownToken(error.message) from error
+            if error.status == 404:
+                raise RunError(
+                    f"the vLLM server said that it took '{name}', and does not know it: {error.message}",
+                    "It keeps its old weights.",
+                    "Let nothing stand between run and server; look at the server's log.",
+                ) from error
+            raise
+        return scores(answer, name, tokens)
+
+    def require_processed(self, tokens: Sequence[int]) -> None:
+        require_processed(self.client.post("/v1/completions", single_body(self.base, tokens)))
+
+    def adapters(self) -> dict[str, str]:
+        return {str(card["id"]): str(card.get("root")) for card in self.client.get("/v1/models")["data"]}
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        body = {"lora_name": name, "lora_path": str(folder)}
+        needs = "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True and --enable-lora"
+        self.told("/v1/load_lora_adapter", body, f"{name} from {folder}", needs)
+
+    def unload_adapter(self, name: str) -> None:
+        self.client.post("/v1/unload_lora_adapter", {"lora_name": name})
+
+    def read_folder(self, name: str, cargo: Cargo) -> None:
+        """Full weights by way of a folder: the workers read it in place."""
+        assert isinstance(cargo, Folder), "full weights were exported"
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(cargo.path)}}
+        self.told("/collective_rpc", body, f"{name} from {cargo.path}", "VLLM_SERVER_DEV_MODE=1")
+
+    def read_base(self) -> None:
+        if self.root:
+            self.client.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": self.root}})
+            self.client.post("/reset_prefix_cache")
+
+    def settle(self, label: str) -> None:
+        self.client.post("/reset_prefix_cache")
+        self._optional("/update_weight_version", {"new_version": label})
+
+    def label(self) -> str | None:
+        info = self._optional("/weight_info", None)
+        return None if info is None else str(info["weight_version"])
+
+    def checksums(self) -> dict[str, str] | None:
+        answer = self._optional("/weight_checker", {"action": "checksum"})
+        return None if answer is None else dict(answer["checksums"])
+
+    def told(self, path: str, body: dict[str, object], what: str, needs: str) -> Any:
+        """Tell it to take weights.
+
+        Raises:
+            RunError: it does not.
+            ConfigError: it was not started for that.
+        """
+        try:
+            return self.client.post(path, body)
+        except Refused as error:
+            if error.status >= 500 and not self.client.ready():
+                raise
+            if error.status in (404, 405) and "adapter" not in error.message.lower():
+                raise ConfigError(
+                    f"the vLLM server at {self.client.url} has no {path}",
+                    "It was not started for new weights.",
+                    f"Start it with {needs}.",
+                ) from error
+            raise RunError(
+                f"the vLLM server did not take the weights {what}: {error.message}",
+                "It must see this folder, and the adapter's rank must not be above its --max-lora-rank.",
+                "Set rollout-vllm.weights to a folder that run and server share, or look at the server's log.",
+            ) from error
+
+    def _optional(self, path: str, body: dict[str, object] | None) -> Any:
+        """Ask what not every vLLM knows; None if it does not."""
+        try:
+            return self.client.post(path, body) if body is not None else self.client.get(path)
+        except Refused as error:
+            if error.status in (404, 405):
+                return None
+            raise

@@ -1,36 +1,33 @@
-"""The engine of one run: it keeps a server's weights those of the trainer, and asks it for completions.
+"""The engine of one run: it keeps a vLLM's weights those of the trainer, and asks it for completions.
 
-    open        start a server, or find the one that exists                              connection.py, server.py
-    sync        export the weights, the first time also disturbed ones                   canary.py
-                give them to the server, and read back what it holds                     weights.py, checksums.py
+    open        start vLLM, or find the server that exists                               routes.py, and what it names
+    sync        pack the weights, the first time also disturbed ones                     cargo.py, canary.py
+                give them to vLLM, and read back what it holds                           weights.py, checksums.py
                 its log-probabilities of fixed probes must be the trainer's              probes.py
     generate    ask for the completions of each prompt                                   sampler.py, asking.py
 
-The first rank speaks with the server, the others get what it got; forwards and exports are those of every rank.
+The first rank speaks with vLLM, the others get what it got; forwards and exports are those of every rank.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from pegbox import hooks
 from pegbox.errors import PluginError, RunError
 from pegbox.rollouts import Rollout, RolloutBatch, RolloutRequest, SyncReceipt, WeightUpdate
-from pegbox.types import ExportRequest
 
-from pegbox_rollout_vllm.asking import Completion, require_processed, score_body, scores, single_body
+from pegbox_rollout_vllm.asking import Completion
 from pegbox_rollout_vllm.canary import disturbed
-from pegbox_rollout_vllm.client import Refused
+from pegbox_rollout_vllm.client import Refused, ServerGone
 from pegbox_rollout_vllm.config import RolloutVllmConfig
-from pegbox_rollout_vllm.connection import Connection
-from pegbox_rollout_vllm.options import shape_of
 from pegbox_rollout_vllm.probes import difference, draw, tolerance, trainer_logps
-from pegbox_rollout_vllm.sampler import Sampler, require_room, stop_ids
-from pegbox_rollout_vllm.server import OwnServer
-from pegbox_rollout_vllm.weights import Kind, Sent, Weights, versioned_name
+from pegbox_rollout_vllm.routes import route
+from pegbox_rollout_vllm.sampler import require_room, stop_ids
+from pegbox_rollout_vllm.serving import UnknownToken
+from pegbox_rollout_vllm.weights import Kind, Sent, Weights
 
 if TYPE_CHECKING:
     from pegbox.context import Context, Phase
@@ -38,7 +35,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 SAME = 1e-6
-"""Two answers of one server with the same weights differ by no more, in nats."""
+"""Two answers of one vLLM with the same weights differ by no more, in nats."""
 
 
 def opened(engine: VllmEngine | None) -> VllmEngine:
@@ -61,47 +58,36 @@ class VllmEngine:
         self._speaks = ctx.runtime.rank == 0
         self._probes = draw(ctx, model)
         self._tolerance = tolerance(ctx, self._config.tolerance, self._config.dtype)
-        folder = Path(self._config.weights) if self._config.weights else ctx.folder / "vllm" / "weights"
-        self._folder = folder.absolute()
-        server = None
-        if self._config.url is None:
-            log = ctx.folder / "vllm" / "server.log"
-            server = OwnServer(self._config, shape_of(model), ctx.runtime.precision, log)
-        self._connection = Connection(self._config, server, ctx.log)
-        self._weights = Weights(self._connection)
+        self._vllm, self._pack, deliver = route(ctx, model, self._config)
+        self._weights = Weights(self._vllm, deliver)
         self._sent: Sent | None = None
         self._seen: list[float] | None = None
 
-    # ---- the server ----
-
     def open(self) -> None:
-        """Start the server; nobody waits for it before the first sync."""
+        """Start it; nobody waits for a server before the first sync."""
         if not self._speaks:
             return
         if self._config.sleep:
             self._ctx.phase_observers.append(self._on_phase)
         self._ctx.exit.callback(self._close)
-        self._connection.start()
+        self._vllm.start()
 
     def _close(self) -> None:
-        if not self._connection.own:
-            self._weights.leave()
-        self._connection.close()
-        for folder in self._folder.glob("pegbox-*"):
-            shutil.rmtree(folder, ignore_errors=True)
+        if not self._vllm.own:
+            with suppress(ServerGone, Refused):
+                self._weights.leave()
+        self._vllm.close()
 
     def _on_phase(self, phase: Phase) -> None:
-        """Sleep while the run learns; what needs the server wakes it."""
+        """Sleep while the run learns; what needs vLLM wakes it."""
         if phase == "learn":
-            self._connection.sleep()
-
-    # ---- weights ----
+            self._vllm.sleep()
 
     def sync(self, update: WeightUpdate) -> SyncReceipt:
-        """Bring the server to the model's weights, and prove that it computes with them.
+        """Bring vLLM to the model's weights, and prove that it computes with them.
 
         Raises:
-            RunError: the server does not take them, or keeps others.
+            RunError: it does not take them, or keeps others.
         """
         self._require_kind(update.kind)
         first = self._sent is None
@@ -126,26 +112,24 @@ class VllmEngine:
             )
 
     def _meet(self, kind: Kind) -> None:
-        """First contact. With an adapter the server's base must be the base of the model that is trained."""
+        """First contact. With an adapter vLLM's base must be the base of the model that is trained."""
         ours = None
         if kind == "adapter" and self._model.without_adapter is not None:
             with self._model.without_adapter():
                 ours = trainer_logps(self._ctx, self._model, self._probes)
 
         def meet() -> None:
-            self._connection.reach()
+            self._vllm.reach()
             self._seen = self._ask_probes(None)
-            single = single_body(self._connection.base, self._probes[0])
-            require_processed(self._connection.client.post("/v1/completions", single))
+            self._vllm.require_processed(self._probes[0])
             if ours is not None and (apart := difference(ours, self._seen)) > self._tolerance:
                 raise self._other_base(f"its log-probabilities are {apart:.3g} nats from those of {self._model.base}")
 
-        self._on_first(lambda: self._connection.persist(meet, self._restore))
+        self._on_first(lambda: self._vllm.persist(meet, self._forget))
 
     def _other_base(self, seen: str) -> RunError:
         return RunError(
-            f"the vLLM server at {self._connection.client.url} serves another base model than the one that is trained: "
-            f"{seen}",
+            f"{self._vllm.title} serves another base model than the one that is trained: {seen}",
             f"On the probes {self._tolerance:g} nats are allowed in the mean (rollout-vllm.tolerance).",
             f"Start it with {self._model.base}.",
         )
@@ -153,49 +137,36 @@ class VllmEngine:
     def _send(
         self, update: WeightUpdate, label: str, ready: Path | None, expected: list[float], tolerance: float
     ) -> str:
-        """Export (unless a folder is `ready`), put, look; the evidence. The folder before is removed."""
-        folder = ready or self._export(label)
+        """Pack (unless a folder is `ready`), put, look; the evidence. What was sent before is discarded."""
+        cargo = self._pack(label, expected, ready)
 
-        def sent(name: str, place: Path) -> Sent:
+        def sent(name: str) -> Sent:
             return Sent(
                 version=update.version,
                 kind=update.kind,
                 name=name,
-                folder=place.absolute(),
+                cargo=cargo,
                 expected=tuple(expected),
                 tolerance=tolerance,
             )
 
         def send() -> str:
-            name = versioned_name(folder, label)
-            new = sent(name, folder if ready else _renamed(folder, name))
-            evidence = self._connection.persist(lambda: self._put(new), self._restore)
+            new = sent(cargo.seal(label))
+            # What it held before need not be restored: this takes its place.
+            evidence = self._vllm.persist(lambda: self._put(new), self._forget)
             older, self._sent = self._sent, new
-            if older is not None and older.folder != new.folder and older.folder.parent == self._folder:
-                shutil.rmtree(older.folder)
+            if older is not None and older.cargo != cargo:
+                older.cargo.discard()
             return evidence
 
         evidence = self._on_first(send)
         if not self._speaks:
-            self._sent = sent("", folder)
+            self._sent = sent("")
         return evidence
 
-    def _export(self, label: str) -> Path:
-        """Write the weights as a checkpoint; every rank takes part, the first writes."""
-        folder = self._folder / f"pegbox-part-{label}"
-        if self._speaks:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-        self._ctx.runtime.barrier()
-        model = self._model
-        request = ExportRequest(folder=folder, format=model.adapter or model.format)
-        self._ctx.call(hooks.export_model, self._ctx, model, request)
-        self._ctx.runtime.barrier()
-        return folder
-
     def _put(self, sent: Sent) -> str:
-        """Give the server weights; it must then compute what the trainer computed. The evidence."""
-        self._connection.wake()
+        """Give vLLM weights; it must then compute what the trainer computed. The evidence."""
+        self._vllm.wake()
         self._weights.put(sent)
         seen, before = self._ask_probes(sent), self._seen
         apart = difference(seen, sent.expected)
@@ -203,11 +174,11 @@ class VllmEngine:
             kept = before is not None and difference(seen, before) <= SAME
             what = "keeps its old weights" if kept else "computes with other weights than it was given"
             raise RunError(
-                f"the vLLM server {what}: after {sent.name} its log-probabilities of the probes are {apart:.3g} nats "
-                f"from the trainer's, {sent.tolerance:.3g} are allowed",
+                f"{self._vllm.title} {what}: after {sent.name} its log-probabilities of the probes are {apart:.3g} "
+                f"nats from the trainer's, {sent.tolerance:.3g} are allowed",
                 "It said that it took the update, and did not apply it."
                 if kept
-                else "It serves another base model, or model and server compute differently.",
+                else "It serves another base model, or trainer and vLLM compute differently.",
                 "Start it anew with the model that is trained, and let nothing stand between run and server.",
             )
         evidence = self._weights.evidence(sent)
@@ -215,44 +186,34 @@ class VllmEngine:
         self._seen = seen
         return f"{evidence}; log-probabilities of {len(seen)} probe tokens within {apart:.2g} of the trainer's"
 
-    def _restore(self) -> None:
-        """Give a server that was started again what the one before it held."""
+    def _forget(self) -> None:
+        """It was started again: what it computed before says nothing any more."""
         self._seen = None
+
+    def _restore(self) -> None:
+        """Give it again what it has lost."""
+        self._forget()
         if self._sent is not None:
             self._put(self._sent)
 
     def _ask_probes(self, sent: Sent | None) -> list[float]:
-        """The server's log-probabilities of the probes."""
+        """vLLM's log-probabilities of the probes."""
         name = self._weights.served(sent)
-        found: list[float] = []
-        for tokens in self._probes:
-            try:
-                answer = self._connection.client.post("/v1/completions", score_body(name, tokens))
-            except Refused as error:
-                if "vocabulary" in error.message:
-                    raise self._other_base(f"a token of ours is not in its vocabulary ({error.message})") from error
-                if error.status == 404:
-                    raise RunError(
-                        f"the vLLM server said that it took '{name}', and does not know it: {error.message}",
-                        "It keeps its old weights.",
-                        "Let nothing stand between run and server; look at the server's log.",
-                    ) from error
-                raise
-            found += scores(answer, name, tokens)
-        return found
-
-    # ---- completions ----
+        try:
+            return [logp for tokens in self._probes for logp in self._vllm.score(name, tokens)]
+        except UnknownToken as error:
+            raise self._other_base(f"a token of ours is not in its vocabulary ({error})") from error
 
     def generate(self, request: RolloutRequest) -> RolloutBatch:
         """Completions of every prompt, sampled with the weights of the last sync.
 
         Raises:
-            RunError: the server is gone for good, refuses, or answers with other weights.
+            RunError: vLLM is gone for good, refuses, or answers with other weights.
         """
         if self._sent is None:
             raise PluginError(
                 "rollout-vllm was asked for completions before weights were synced",
-                "The server would sample with the base model.",
+                "vLLM would sample with the base model.",
                 "Call sync_weights first.",
             )
         version = self._sent.version
@@ -273,18 +234,20 @@ class VllmEngine:
         return RolloutBatch(rollouts=tuple(rollouts), samples=request.samples)
 
     def _complete(self, request: RolloutRequest) -> list[list[Completion]]:
-        """What the server makes of each prompt; after its death what is missing is asked again."""
-        require_room(request, self._connection.longest)
-        sampler = Sampler(request, stop_ids(self._ctx, self._model, request), self._config.parallel)
+        """What vLLM makes of each prompt; after its death what is missing is asked again."""
+        require_room(request, self._vllm.longest)
+        ends = stop_ids(self._ctx, self._model, request)
+        made: dict[int, list[Completion]] = {}
 
         def ask() -> None:
             assert self._sent is not None, "the caller looked"
-            self._connection.wake()
-            sampler.ask(self._connection.client, self._weights.served(self._sent))
+            if self._vllm.wake():
+                self._restore()
+            self._vllm.complete(self._weights.served(self._sent), request, ends, made)
             self._weights.require_untouched(self._sent)
 
-        self._connection.persist(ask, self._restore)
-        return [sampler.made[index] for index in range(len(request.prompts))]
+        self._vllm.persist(ask, self._restore)
+        return [made[index] for index in range(len(request.prompts))]
 
     def _on_first(self, work: Callable[[], T]) -> T:
         """Do it on the first rank; every rank gets its result or its error."""
@@ -301,12 +264,3 @@ class VllmEngine:
         if isinstance(result, Exception):
             raise result
         return result  # type: ignore[return-value]
-
-
-def _renamed(folder: Path, name: str) -> Path:
-    """The folder under a final name; weights that are there already are the same ones."""
-    place = folder.with_name(name)
-    if place.is_dir():
-        shutil.rmtree(folder)
-        return place
-    return folder.rename(place)

@@ -1,10 +1,12 @@
-"""From the section to the server's command line: what cannot work is an error before anything is loaded."""
+"""From the section to vLLM's arguments: what cannot work is an error before anything is loaded."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pegbox.errors import ConfigError
@@ -18,6 +20,8 @@ SERVED = "base"
 """Name of the base model at a server that the run starts."""
 OWN_ONLY = ("python", "command", "port", "max_model_len", "memory_share", "tensor_parallel", "args", "env")
 OWN_ONLY += ("eager", "host", "restarts")
+SERVER_ONLY = ("url", "served_name", "python", "command", "host", "port", "tensor_parallel", "env", "restarts")
+SERVER_ONLY += ("start_timeout_s", "request_timeout_s", "parallel", "transfer")
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks of adapters that vLLM can be started for."""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -38,12 +42,38 @@ def require_usable(config: RolloutVllmConfig) -> None:
     Raises:
         ConfigError: settings contradict each other, or the program to start is not there.
     """
-    if config.mode == "colocate":
+    if "sleep_level" in config.model_fields_set and not config.sleep:
         raise ConfigError(
-            "rollout-vllm.mode is 'colocate', which is not there yet",
-            "vLLM in the process of the trainer was not proven.",
-            "Set rollout-vllm.mode to server; with sleep: true the server gives its memory back while the run learns.",
+            "rollout-vllm.sleep_level is set, and rollout-vllm.sleep is false",
+            "vLLM never sleeps then.",
+            "Set rollout-vllm.sleep to true, or remove sleep_level.",
         )
+    if config.mode == "colocate":
+        _require_here(config)
+    else:
+        _require_server(config)
+
+
+def _require_here(config: RolloutVllmConfig) -> None:
+    """Refuse what vLLM in the trainer's process cannot do."""
+    named = [name for name in SERVER_ONLY if name in config.model_fields_set]
+    if named:
+        raise ConfigError(
+            f"rollout-vllm.mode is colocate, and {', '.join(named)} is set",
+            "These are about a server; there is none.",
+            "Remove them, or set rollout-vllm.mode to server.",
+        )
+    if find_spec("vllm") is None:
+        raise ConfigError(
+            "rollout-vllm.mode is colocate, and vllm cannot be imported here",
+            "vLLM then runs in the process of the trainer, so both must be installed in one environment.",
+            "Install vllm beside pegbox, or set rollout-vllm.mode to server, with rollout-vllm.python naming the "
+            "interpreter of vLLM's environment.",
+        )
+
+
+def _require_server(config: RolloutVllmConfig) -> None:
+    """Refuse what neither a started server nor one that exists can do."""
     if config.url is not None:
         named = [name for name in OWN_ONLY if name in config.model_fields_set]
         if named:
@@ -83,13 +113,19 @@ def launcher(config: RolloutVllmConfig) -> list[str]:
 
 def command(config: RolloutVllmConfig, shape: Shape, port: int, precision: str) -> list[str]:
     """The whole command line of a server."""
-    dtype = DTYPES[precision] if config.dtype == "auto" else config.dtype
     words = [*launcher(config), shape.base, "--served-model-name", SERVED]
-    words += ["--host", config.host, "--port", str(port), "--dtype", dtype]
+    words += ["--host", config.host, "--port", str(port), "--tensor-parallel-size", str(config.tensor_parallel)]
+    if by_broadcast(config, shape):
+        words += ["--worker-extension-cls", "pegbox_broadcast.Receiver"]
+    return [*words, *engine_words(config, shape, precision)]
+
+
+def engine_words(config: RolloutVllmConfig, shape: Shape, precision: str) -> list[str]:
+    """The arguments of vLLM's engine, of a server or in this process."""
     # What is sampled must be what was asked for: no defaults of the model's folder, and log-probabilities of the
     # distribution that was sampled from (after the temperature).
+    words = ["--dtype", DTYPES[precision] if config.dtype == "auto" else config.dtype]
     words += ["--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"]
-    words += ["--tensor-parallel-size", str(config.tensor_parallel)]
     if config.max_model_len is not None:
         words += ["--max-model-len", str(config.max_model_len)]
     if config.memory_share is not None:
@@ -101,6 +137,21 @@ def command(config: RolloutVllmConfig, shape: Shape, port: int, precision: str) 
     if shape.rank is not None:
         words += ["--enable-lora", "--max-lora-rank", str(served_rank(shape.rank))]
     return [*words, *config.args]
+
+
+def by_broadcast(config: RolloutVllmConfig, shape: Shape) -> bool:
+    """Whether full weights go from memory to memory.
+
+    Raises:
+        ConfigError: it was asked for, and the model has an adapter.
+    """
+    if config.transfer == "broadcast" and shape.rank is not None:
+        raise ConfigError(
+            "rollout-vllm.transfer is broadcast, and the model has an adapter",
+            "vLLM reads adapters from folders; they are small.",
+            "Remove rollout-vllm.transfer, or train without an adapter.",
+        )
+    return config.transfer == "broadcast"
 
 
 def served_rank(rank: int) -> int:
@@ -132,7 +183,11 @@ def environment(config: RolloutVllmConfig) -> dict[str, str]:
         for name, value in os.environ.items()
         if name not in LAUNCHER and not name.startswith("TORCHELASTIC_")
     }
-    return {**inherited, **ours, **config.env}
+    made = {**inherited, **ours, **config.env}
+    if config.transfer == "broadcast":
+        worker = str(Path(__file__).with_name("worker"))
+        made["PYTHONPATH"] = os.pathsep.join(filter(None, (worker, made.get("PYTHONPATH"))))
+    return made
 
 
 def shape_of(model: Model) -> Shape:

@@ -1,4 +1,4 @@
-"""All completions of a request, many prompts at a time."""
+"""Asking a server for the completions of a request, several prompts at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pegbox.errors import RunError
 
-from pegbox_rollout_vllm.asking import Completion, completion_body, completions, greedy
+from pegbox_rollout_vllm.asking import Completion, completion_body, completions, greedy, samples_of
 
 if TYPE_CHECKING:
     from pegbox.context import Context
@@ -18,57 +18,62 @@ if TYPE_CHECKING:
     from pegbox_rollout_vllm.client import Client
 
 
-class Sampler:
-    """One request: `made` fills up with the completions of each prompt, and `ask` asks for those that are missing.
+def missing(request: RolloutRequest, made: dict[int, list[Completion]]) -> list[int]:
+    """Prompts that have no completions yet."""
+    return [index for index in range(len(request.prompts)) if index not in made]
+
+
+def ask_all(
+    client: Client,
+    name: str,
+    request: RolloutRequest,
+    stop_ids: Sequence[int],
+    parallel: int,
+    made: dict[int, list[Completion]],
+) -> None:
+    """Ask the model `name` for what `made` lacks; the first failure breaks off what is under way and is raised.
 
     Args:
         stop_ids: ids that end a completion.
         parallel: prompts that are asked at once.
+        made: fills up with the completions of each prompt; what came before a failure is kept.
+
+    Raises:
+        RunError: an answer is not what was asked for.
+        ServerGone: the server is gone.
+        Refused: the server answered with an error.
     """
+    wanted = missing(request, made)
+    if not wanted:
+        return
+    samples = 1 if greedy(request.sampling) else request.samples
 
-    def __init__(self, request: RolloutRequest, stop_ids: Sequence[int], parallel: int) -> None:
-        self._request, self._stop_ids, self._parallel = request, stop_ids, parallel
-        self.made: dict[int, list[Completion]] = {}
+    def ask(index: int) -> None:
+        answer = client.post("/v1/completions", completion_body(name, request, index, stop_ids))
+        made[index] = samples_of(request, completions(answer, name, samples))
 
-    def ask(self, client: Client, name: str) -> None:
-        """Ask the model `name`; the first failure breaks off what is under way and is raised, what came is kept.
-
-        Raises:
-            RunError: an answer is not what was asked for.
-            ServerGone: the server is gone.
-            Refused: the server answered with an error.
-        """
-        missing = [index for index in range(len(self._request.prompts)) if index not in self.made]
-        if not missing:
-            return
-        pool = ThreadPoolExecutor(min(self._parallel, len(missing)), "rollout-vllm")
-        try:
-            for asked in [pool.submit(self._ask_one, client, name, index) for index in missing]:
-                asked.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            client.close()
-            raise
-        finally:
-            pool.shutdown(wait=True)
-
-    def _ask_one(self, client: Client, name: str, index: int) -> None:
-        single = greedy(self._request.sampling)
-        answer = client.post("/v1/completions", completion_body(name, self._request, index, self._stop_ids))
-        found = completions(answer, name, 1 if single else self._request.samples)
-        self.made[index] = found * self._request.samples if single else found
+    pool = ThreadPoolExecutor(min(parallel, len(wanted)), "rollout-vllm")
+    try:
+        for asked in [pool.submit(ask, index) for index in wanted]:
+            asked.result()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        client.close()
+        raise
+    finally:
+        pool.shutdown(wait=True)
 
 
 def require_room(request: RolloutRequest, longest: int | None) -> None:
     """vLLM cuts completions short without a word where the prompt leaves no room.
 
     Raises:
-        RunError: a prompt and its completion may be longer than the server's `longest`.
+        RunError: a prompt and its completion may be longer than vLLM's `longest`.
     """
     prompt, new = max(map(len, request.prompts), default=0), request.sampling.max_tokens
     if longest is not None and prompt + new > longest:
         raise RunError(
-            f"a prompt of {prompt} tokens and {new} new ones are more than the vLLM server's {longest}",
+            f"a prompt of {prompt} tokens and {new} new ones are more than vLLM's {longest}",
             "It would cut the completion short and say nothing.",
             "Raise rollout-vllm.max_model_len, or shorten prompts or completions.",
         )

@@ -11,9 +11,9 @@ from pegbox.errors import RunError
 from pegbox.testing import FakeRuntime
 from pegbox.testing.tiny import VOCABULARY, tiny_model, tiny_processor
 from pegbox_rollout_vllm.canary import VISIBLE, disturbed
+from pegbox_rollout_vllm.cargo import Folder
 from pegbox_rollout_vllm.checksums import digest, parts_of, readable, require_equal
 from pegbox_rollout_vllm.probes import DRAWN, EXACT, HALF, LENGTH, SENTENCES, difference, draw, tolerance, trainer_logps
-from pegbox_rollout_vllm.weights import versioned_name
 from safetensors.torch import save_file
 
 TOLERANCE = 0.01
@@ -108,25 +108,23 @@ def test_parts_of_joined_parameters_are_named() -> None:
     assert parts_of(layer.format("o_proj")) == ("model.layers.0.self_attn.o_proj.weight",)
 
 
-def write(folder: Path, seed: int, **changes: torch.Tensor) -> Path:
+def write(folder: Path, seed: int, **changes: torch.Tensor) -> Folder:
     folder.mkdir(exist_ok=True)
     source = torch.Generator().manual_seed(seed)
     shapes = {"a.q_proj.weight": (4, 3), "a.k_proj.weight": (2, 3), "a.v_proj.weight": (2, 3), "norm.weight": (3,)}
     weights = {name: torch.randn(shape, generator=source) for name, shape in shapes.items()}
     save_file({**weights, **changes}, folder / "model.safetensors")
-    return folder
+    return Folder(folder)
 
 
-def held(folder: Path, dtype: torch.dtype) -> dict[str, str]:
+def held(cargo: Folder, dtype: torch.dtype) -> dict[str, str]:
     """What a worker says that joined the projections, packed one parameter and holds all in `dtype`."""
-    from safetensors.torch import load_file
-
-    weights = load_file(folder / "model.safetensors")
-    joined = torch.cat([weights[f"a.{name}_proj.weight"] for name in "qkv"])
+    with cargo.tensors() as weights:
+        joined, norm = torch.cat([weights[f"a.{name}_proj.weight"] for name in "qkv"]), weights["norm.weight"]
     packed = digest(torch.zeros(0), dtype)
     return {
         "tp0:a.qkv_proj.weight": digest(joined, dtype),
-        "tp0:norm.weight": digest(weights["norm.weight"], dtype),
+        "tp0:norm.weight": digest(norm, dtype),
         "tp0:packed.weight": packed,
     }
 
@@ -149,9 +147,21 @@ def test_checksums_find_what_is_readable_and_then_every_other_byte(tmp_path: Pat
 
 def test_names_of_versions_follow_the_weights(tmp_path: Path) -> None:
     one, same, other = (write(tmp_path / str(number), seed) for number, seed in enumerate((0, 0, 1)))
-    assert versioned_name(one, "v3") == versioned_name(same, "v3")
-    assert versioned_name(one, "v3") != versioned_name(other, "v3")
-    assert versioned_name(one, "v3").endswith("-v3")
+    assert one.seal("v3") == same.seal("v3")
+    assert one.seal("v3") != other.seal("v3")
+    assert one.seal("v3").endswith("-v3")
+    assert one.path == tmp_path / "0"
     (tmp_path / "empty").mkdir()
     with pytest.raises(RunError, match="holds no safetensors file"):
-        versioned_name(tmp_path / "empty", "v3")
+        Folder(tmp_path / "empty").seal("v3")
+
+
+def test_a_temporary_folder_gets_its_name_when_it_is_whole_and_is_removed_in_the_end(tmp_path: Path) -> None:
+    first, again = (write(tmp_path / name, 0) for name in ("part-1", "part-2"))
+    one, two = Folder(first.path, temporary=True), Folder(again.path, temporary=True)
+    assert one.path.with_name(one.seal("v0")) == one.path
+    two.seal("v0")
+    assert one == two
+    assert [folder.name for folder in tmp_path.iterdir()] == [one.path.name]
+    one.discard()
+    assert not list(tmp_path.iterdir())
