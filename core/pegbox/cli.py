@@ -2,7 +2,7 @@
 
 Commands of plugins are entry points in the group `pegbox.commands`: a function with typer annotations, or a
 `typer.Typer` with several. Help lists them by name from metadata, and imports one only when it is called. Exit codes: 0
-done, 1 the run failed, 2 the input is wrong.
+done, 1 the run failed, 2 the input is wrong, 130 Ctrl-C outside of the training.
 """
 
 from __future__ import annotations
@@ -28,6 +28,15 @@ class Commands(TyperGroup):
         if rows:
             with formatter.section("Commands of plugins"):
                 formatter.write_dl(sorted(rows))
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EOFError as error:  # typer takes it for a Ctrl-D, and says no more than "Aborted!"
+            raise RuntimeError("something ended before it was complete") from error
+        except KeyboardInterrupt:  # typer ends with 130, and says nothing
+            typer.echo("\nInterrupted. A run goes on from its last checkpoint, if any, with resume=auto.", err=True)
+            raise
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         own = super().get_command(ctx, cmd_name)
@@ -124,12 +133,11 @@ def main() -> None:
     # An installed package must not change what a run does: pydantic's plugins stay out, and start-up is shorter.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     try:
+        if dashed := [word for word in sys.argv if word.startswith("--") and "." in word.partition("=")[0]]:
+            raise fail("setting-with-dashes", option=dashed[0], key=dashed[0][2:].partition("=")[0])
         app()
     except PegboxError as error:
         prefix = f"[rank {_rank()}] " if _rank() else ""
         notes = "".join(f"\n({note})" for note in getattr(error, "__notes__", ()))
         typer.echo(f"{prefix}{typer.style('error:', fg='red', bold=True)} {error}{notes}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("\nInterrupted.", err=True)
-        sys.exit(1)

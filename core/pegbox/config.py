@@ -22,6 +22,7 @@ from pegbox.record import Record
 from pegbox.section import S, Section, setting
 from pegbox.source import KeyPath, Layer, dotted, leaves
 
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Weight = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -30,9 +31,7 @@ class ModelSection(Section):
 
     name: str = setting(..., "Local folder, hub name, or what else the owner of load_model understands.", min_length=1)
     revision: str | None = setting(None, "Branch, tag or commit of a hub repository.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto", "Data type of the frozen weights; auto: the checkpoint's; without a GPU float32."
-    )
+    dtype: Dtype = setting("auto", "Data type of the frozen weights; auto: the checkpoint's; without a GPU float32.")
     format: str = setting("transformers", "Which format to load; its owner is the plugin that declares it.")
 
 
@@ -108,34 +107,39 @@ def read_sections(
 
 def validate(schema: type[S], data: Any, layer: Layer, at: KeyPath) -> S:
     """Validate one section strictly; errors name file, line, the value seen, and what was probably meant."""
-    if not isinstance(data, dict | None):
-        raise fail("section-no-mapping", key=dotted(at), value=data, origin=layer.origin(at))
     try:
-        return schema.model_validate_json(json.dumps(data or {}, default=str))
+        return schema.model_validate_json(json.dumps({} if data is None else data, default=str))
     except ValidationError as error:
-        mistakes = [_explain(schema, detail, layer, at) for detail in error.errors(include_url=False)]
+        # Each member of a union complains of what all of them refuse: one mistake, best said by a list of words.
+        details = sorted(error.errors(include_url=False), key=lambda detail: detail["type"] == "literal_error")
+        places = {_place(detail, layer, at): detail for detail in details}
+    mistakes = [_explain(schema, detail, layer, path) for path, detail in places.items()]
     if len(mistakes) == 1:
         raise mistakes[0]
-    lines = "\n".join(f"- {' '.join(str(mistake).splitlines())}" for mistake in mistakes)
-    raise fail("mistakes", count=len(mistakes), lines=lines)
+    raise fail("mistakes", count=len(mistakes), lines="\n".join(f"- {m}".replace("\n", "\n  ") for m in mistakes))
 
 
-def _explain(schema: type[BaseModel], detail: Any, layer: Layer, at: KeyPath) -> PegboxError:
+def _place(detail: Any, layer: Layer, at: KeyPath) -> KeyPath:
+    """The key that pydantic means: what the config has of its location, to which it adds names of union members."""
+    path = reduce(lambda path, part: (*path, part) if (*path, part) in layer.origins else path, detail["loc"], at)
+    return (*path, detail["loc"][-1]) if detail["type"] == "missing" else path
+
+
+def _explain(schema: type[BaseModel], detail: Any, layer: Layer, path: KeyPath) -> PegboxError:
     loc = detail["loc"]
-    # The part of the location that exists in the config: pydantic adds the names of union members.
-    path: KeyPath = reduce(lambda path, part: (*path, part) if (*path, part) in layer.origins else path, loc, at)
     origin, (fields, doc) = layer.origin(path), _fields_at(schema, loc)
     if detail["type"] == "extra_forbidden":
         place = f"section '{dotted(path[:-1])}'" if len(path) > 1 else "the config"
         hint = did_you_mean(loc[-1], fields, "Known:")
         return fail("unknown-key", key=loc[-1], place=place, origin=origin, hint=hint)
     if detail["type"] == "missing":
-        return fail("key-missing", key=dotted((*path, loc[-1])), origin=origin, doc=doc)
+        return fail("key-missing", key=dotted(path), origin=origin, doc=doc)
     if detail["type"] == "value_error":
         return fail("values-clash", place=dotted(path) or "the config", problem=detail["ctx"]["error"], origin=origin)
     problem = detail["msg"][0].lower() + detail["msg"][1:]
+    hint = did_you_mean(str(detail["input"]), problem.split("'")[1::2])
     value = json.dumps(detail["input"], default=str)
-    return fail("value-wrong", key=dotted(path), value=value, origin=origin, problem=problem, doc=doc)
+    return fail("value-wrong", key=dotted(path), value=value, origin=origin, problem=problem, doc=doc, hint=hint)
 
 
 def _fields_at(schema: type[BaseModel], loc: KeyPath) -> tuple[Mapping[str, FieldInfo], str]:

@@ -7,9 +7,7 @@ An installed plugin is an entry point in the group `pegbox`; a local one is a `.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import importlib.util
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +17,7 @@ from operator import eq, ge, gt, le, lt, ne
 from pathlib import Path
 from traceback import extract_tb
 from types import ModuleType
+from typing import Any
 
 from pegbox import __version__
 from pegbox.errors import PegboxError, did_you_mean, fail
@@ -52,14 +51,14 @@ def discover(group: str = "pegbox") -> dict[str, list[Installed]]:
     """
     found: dict[str, list[Installed]] = {}
     seen: set[str] = set()
-    for folder in (f"{root or '.'}/{name}" for root in sys.path for name in _listing(root or ".")):
-        distribution = folder.rpartition("/")[2].partition("-")[0].lower().replace(".", "_")
-        if not folder.endswith(".dist-info") or distribution in seen:
+    for folder in (folder for root in sys.path for folder in sorted(Path(root).glob("*.dist-info"))):
+        distribution = folder.name.partition("-")[0].lower().replace(".", "_")
+        if distribution in seen:
             continue
         seen.add(distribution)
-        section = "\n" + _text(f"{folder}/entry_points.txt").partition(f"[{group}]\n")[2]
+        section = "\n" + _text(folder / "entry_points.txt").partition(f"[{group}]\n")[2]
         lines = [line for line in section.partition("\n[")[0].splitlines() if "=" in line.partition("#")[0]]
-        about = _text(f"{folder}/METADATA").partition("\n\n")[0] if lines else ""
+        about = _text(folder / "METADATA").partition("\n\n")[0] if lines else ""
         fields = [line.partition(": ") for line in reversed(about.splitlines())]
         first = {"Name": distribution, "Version": "?", **{key: text for key, _, text in fields}}
         requires = tuple(text for key, _, text in reversed(fields) if key == "Requires-Dist")
@@ -69,15 +68,9 @@ def discover(group: str = "pegbox") -> dict[str, list[Installed]]:
     return found
 
 
-def _listing(root: str) -> list[str]:
+def _text(path: Path) -> str:
     with suppress(OSError):
-        return sorted(os.listdir(root))  # noqa: PTH208 - this runs at every start
-    return []
-
-
-def _text(path: str) -> str:
-    with suppress(OSError), open(path, encoding="utf-8", errors="replace") as file:  # noqa: PTH123 - at every start
-        return file.read()
+        return path.read_text(encoding="utf-8", errors="replace")
     return ""
 
 
@@ -122,11 +115,8 @@ def _local(name: str, folder: Path) -> Installed:
 
 
 def _import_file(path: Path, module_name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(module_name, path.resolve())
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module
+    spec: Any = importlib.util.spec_from_file_location(module_name, path.resolve())
+    module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 

@@ -78,12 +78,12 @@ def fail(mistake: str, /, **values: object) -> PegboxError:
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The known names that look most like `name`, best first; a name that contains it counts too."""
     names = sorted(set(known))
-    close = difflib.get_close_matches(name.lower(), names, n=count, cutoff=0.5)
+    close = difflib.get_close_matches(name.lower(), names, n=count, cutoff=0.6)
     return list(dict.fromkeys([*close, *(other for other in names if name and name.lower() in other.lower())]))[:count]
 
 
 def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
-    """`Did you mean 'a' or 'b'?`; if nothing is near, `otherwise` followed by all known names."""
+    """`Did you mean 'a' or 'b'?`; if nothing is near, `otherwise` (if given) followed by all known names."""
     names = sorted(set(known))
-    found = [f"'{candidate}'" for candidate in nearest(name, names)]
-    return f"Did you mean {' or '.join(found)}?" if found else f"{otherwise} {', '.join(names) or 'none'}.".strip()
+    found = " or ".join(f"'{candidate}'" for candidate in nearest(name, names))
+    return f"Did you mean {found}?" if found else otherwise and f"{otherwise} {', '.join(names) or 'none'}."

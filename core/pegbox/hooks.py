@@ -135,7 +135,11 @@ def generate_rollouts(ctx: Context, request: rl.RolloutRequest) -> rl.RolloutBat
 
 
 def score_rollouts(ctx: Context, rollouts: rl.RolloutBatch) -> Sequence[rl.Score]:
-    """Score completions. All scorers run; each score keeps its own name."""
+    """Score completions. All scorers run; each score keeps its own name.
+
+    Asked about no completions, a scorer says its names all the same, `Score(name=..., values_R=())`: so a mistyped
+    name is found before the first rollout.
+    """
 
 
 def sync_weights(ctx: Context, update: rl.WeightUpdate) -> rl.SyncReceipt:

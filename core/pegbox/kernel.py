@@ -140,8 +140,8 @@ class Kernel:
         if wanted is not None and wanted not in able:
             raise fail("use-wrong-plugin", job=job, wanted=wanted, able=", ".join(able))
         if wanted is None and len(able) > 1:
-            both = " and ".join(str(self.active[name]) for name in able)
-            raise fail("two-owners", count=len(able), job=job, both=both, first=able[0])
+            said = {"both": " and ".join(str(self.active[name]) for name in able), "first": able[0], "count": len(able)}
+            raise fail("two-losses" if job == "build_loss" else "two-owners", job=job, **said)
         return wanted or able[0]
 
     def owners(self, hook: str) -> dict[str, str]:
@@ -166,8 +166,7 @@ class Kernel:
         try:
             answer = caller(**arguments)
         except BaseException as error:
-            asked = [i for i in self.implementations(hook) if i.wrapper or i.plugin == owner.name]
-            self._blame(error, hook, asked)
+            self._blame(error, hook, [i for i in self.implementations(hook) if i.wrapper or i.plugin == owner.name])
             raise
         if answer is None and hook != "build_dataset":
             raise fail("hook-none", plugin=owner, hook=hook)
@@ -190,6 +189,8 @@ class Kernel:
         every = ((i.plugin, self._run(i, arguments)) for i in self.implementations(spec.__name__))
         answers = [(plugin, answer) for plugin, answer in every if answer is not None]
         if spec.__name__ == "score_rollouts":
+            for p in (p for p, a in answers if not (isinstance(a, Sequence) and all(hasattr(s, "name") for s in a))):
+                raise fail("no-score", plugin=self.active[p], answer=dict(answers)[p])
             self._unique_names(spec.__name__, [(plugin, score.name) for plugin, scores in answers for score in scores])
         return answers
 
@@ -289,7 +290,6 @@ def _broken_rule(hook: str, function: Callable[..., Any], options: Mapping[str, 
 def _hooks_of(plugin: Installed) -> set[str]:
     """The hooks an installed plugin implements; imports it, so only an error that names candidates asks."""
     try:
-        origin, instance = load(plugin.name, {plugin.name: [plugin]}, Path())
-        return {i.hook for i in _implementations(origin, instance) if not i.wrapper}
+        return {i.hook for i in _implementations(*load(plugin.name, {plugin.name: [plugin]}, Path())) if not i.wrapper}
     except PegboxError:
         return set()

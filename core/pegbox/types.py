@@ -40,7 +40,7 @@ class ConfigSection(Record):
 class Item(Record):
     """A named thing of an open kind that other plugins may look up with `ctx.items(kind)`; `doc` is one sentence.
 
-    Kinds: `format`, `source`, `template`, `optimizer`, `schedule`, `reward`, `health_rule`, `model_format`,
+    Kinds: `format`, `source`, `template`, `optimizer`, `schedule`, `reward`, `metric`, `health_rule`, `model_format`,
     `export_format`, or a plugin's own. `target` is the object, or `"package.module:attribute"`, imported on use.
     """
 

@@ -41,8 +41,9 @@ class WeighedLoss:
         self.needs = frozenset().union(*(loss.needs for loss in losses.values()))
         self.extras = frozenset().union(*(getattr(loss, "extras", ()) for loss in losses.values()))
         self.entropy_gradient = any(getattr(loss, "entropy_gradient", False) for loss in losses.values())
-        whole = any(loss.scope == "batch" for loss in losses.values())
-        self.scope: Literal["token", "batch"] = "batch" if whole else "token"
+        self.scope: Literal["token", "batch"] = (
+            "batch" if "batch" in {loss.scope for loss in losses.values()} else "token"
+        )
 
     def counts(self, batch: Batch) -> Mapping[str, float]:
         every = {name: loss.counts(batch) for name, loss in self.losses.items()}
@@ -52,5 +53,4 @@ class WeighedLoss:
         made = {name: loss(batch, outputs) for name, loss in self.losses.items()}
         terms = [(name, term) for name, output in made.items() for term in output.terms]
         weighed = (replace(t, name=f"{name}/{t.name}", weight=t.weight * self.weights[name]) for name, t in terms)
-        metrics = (metric for output in made.values() for metric in output.metrics)
-        return LossOutput(terms=tuple(weighed), metrics=tuple(metrics))
+        return LossOutput(terms=tuple(weighed), metrics=tuple(m for output in made.values() for m in output.metrics))

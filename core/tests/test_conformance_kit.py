@@ -199,6 +199,7 @@ SAMPLES = {
     ("scores", "NoScore"): ("test_scores_have_one_value_for_each_rollout", "there is no score"),
     ("scores", "ScorePerPrompt"): ("test_scores_have_one_value_for_each_rollout", "3 values for 6 rollouts"),
     ("scores", "NotANumber"): ("test_scores_have_one_value_for_each_rollout", "holds nan"),
+    ("scores", "SilentWithoutRollouts"): ("test_scores_have_names_of_their_own", "when there is no completion"),
     ("scores", "SortedScores"): ("test_scores_follow_the_order", "when the prompts come in reverse order"),
     ("scores", "FreeName"): ("test_scores_have_names_of_their_own", "names a score 'length'"),
     ("scores", "NumberedName"): ("test_scores_have_names_of_their_own", "at the next call"),

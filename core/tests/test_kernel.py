@@ -13,7 +13,7 @@ from pegbox.errors import PluginError, UserError
 from pegbox.events import Event, RunFailed, Signal
 from pegbox.hooks import hookimpl
 from pegbox.plan import compose
-from pegbox.rollouts import Score
+from pegbox.rollouts import RolloutBatch, Score
 from pegbox.types import ConfigSection, ExportRequest, Item, ModelOptions, ModelRequest
 
 EVENT = RunFailed(error=ValueError("a run failed"))
@@ -529,3 +529,15 @@ def test_sections_are_declared_under_the_plugins_own_key(composed) -> None:
     ctx = composed({"configured": Configured()}, configured={"level": 5})
     assert ctx.kernel.schemas() == {"configured": Settings}
     assert ctx.section(Settings).level == 5
+
+
+@pytest.mark.parametrize("answer", [[1.0, 2.0], 0.5, "good"])
+def test_a_scorer_that_returns_no_scores_is_named_and_told_what_to_return(composed, answer: object) -> None:
+    class Scorer:
+        @hookimpl
+        def score_rollouts(self):
+            return answer
+
+    ctx = composed({"scorer": Scorer()})
+    with pytest.raises(PluginError, match=r"'scorer'.*score_rollouts, returned(.|\n)*Return \[Score\(name='scorer'"):
+        ctx.each(hooks.score_rollouts, ctx, RolloutBatch(rollouts=(), samples=1))

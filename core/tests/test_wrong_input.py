@@ -28,6 +28,7 @@ class Case:
     says: tuple[str, ...]
     typed: tuple[str, ...] = PLAN
     files: dict[str, str] = field(default_factory=dict)
+    silent: tuple[str, ...] = ()
 
 
 def overriding(*overrides: str) -> tuple[str, ...]:
@@ -44,6 +45,8 @@ CASES = {
     "config-forgotten": Case(HEAD, ("'seed=3' does not exist", "CONFIG.yaml"), ("plan", "seed=3")),
     "override-without-value": Case(HEAD, ("'seed' is no override", "key=value", "lora.r=8"), overriding("seed")),
     "override-with-a-space": Case(HEAD, ("'se ed=3' is no override",), overriding("se ed=3")),
+    "setting-as-an-option": Case(HEAD, ("--adapt.rank", "Write adapt.rank=VALUE"), (*PLAN, "--adapt.rank", "8")),
+    "setting-as-an-option-with-a-value": Case(HEAD, ("Write adapt.rank=VALUE",), (*PLAN, "--adapt.rank=8")),
     "override-with-dashes": Case(HEAD, ("--seed", "seed"), overriding("--", "--seed=3")),
     "override-of-broken-yaml": Case(HEAD, ("override 'plugins=[a'", "no valid YAML"), overriding("plugins=[a")),
     "override-beyond-a-list": Case(
@@ -55,6 +58,14 @@ CASES = {
         ADAPT,
         ("'adapt.rank' is \"high\" (command line)", "valid integer", "Rank of the update."),
         overriding("adapt.rank=high"),
+    ),
+    "override-of-a-union-with-a-misspelt-word": Case(
+        ADAPT,
+        ("error: 'adapt.kind' is \"sigmiod\" (command line)", "\nOne kind, or", "\nDid you mean 'sigmoid'?"),
+        overriding("adapt.kind=sigmiod"),
+    ),
+    "override-of-a-union-with-another-word": Case(
+        ADAPT, ("error: 'adapt.kind' is \"zzz\"", "'sigmoid' or 'hinge'\n"), overriding("adapt.kind=zzz")
     ),
     "override-below-a-word": Case(
         HEAD, ("'model.name'", '{"size": 3}', "(command line)"), overriding("model.name.size=3")
@@ -133,7 +144,7 @@ CASES = {
     "section-of-a-plugin-without-settings": Case(
         HEAD + "plugins: [mute]\nmute: {x: 1}\n", ("'mute' has no settings", "(c.yaml:3)", "Remove the section 'mute'")
     ),
-    "section-is-a-number": Case(ADAPT + "adapt: 3\n", ("'adapt' must be a mapping, not 3 (c.yaml:3)",)),
+    "section-is-a-number": Case(ADAPT + "adapt: 3\n", ("'adapt' is 3 (c.yaml:3)", "an object")),
     "key-misspelt": Case(
         ADAPT + "adapt:\n  rank: 3\n  learning_rte: 1e-4\n",
         ("'learning_rte' in section 'adapt' (c.yaml:5)", "'learning_rate'"),
@@ -162,7 +173,10 @@ CASES = {
     "plugin-not-installed": Case(
         HEAD + "plugins: [adpt]\n", ("'adpt' is not installed", "Did you mean 'adapt'", "pip install pegbox-adpt")
     ),
-    "plugin-twice": Case(HEAD + "plugins: [mute, mute]\n", ("two plugins are named 'mute'", "list only one")),
+    "plugin-twice": Case(
+        HEAD + "plugins: [mute, mute]\n",
+        ("two plugins are named 'mute'", "if it is one plugin listed twice, remove one"),
+    ),
     "plugin-of-two-distributions": Case(
         HEAD + "plugins: [twin]\n", ("twin-1 1.0 and twin-2 1.0", "pip uninstall twin-2")
     ),
@@ -195,6 +209,13 @@ CASES = {
     "two-owners": Case(
         HEAD + "plugins: [sgd, muon]\n",
         ("2 plugins own build_optimizer", "'sgd' (dist-sgd 1.0)", "'muon' (dist-muon 1.0)", "use:"),
+        silent=("`loss`",),
+    ),
+    "two-losses": Case(
+        HEAD + "plugins: [twoloss, another]\n", ("2 plugins own build_loss", "the key `loss` weighs several")
+    ),
+    "plugin-of-a-name-that-is-not-near": Case(
+        HEAD + "plugins: [wandb]\n", ("'wandb' is not installed", "Installed:", "reward"), silent=("Did you mean",)
     ),
     "use-of-an-unknown-hook": Case(
         HEAD + "plugins: [sgd]\nuse: {build_optimiser: sgd}\n", ("'use' names build_optimiser", "'build_optimizer'")
@@ -213,7 +234,7 @@ CASES = {
     # the folder of a run
     "output-taken": Case(
         HEAD + "plugins: [./whole.py]\noutput: out\n",
-        ("out already holds a run", "resume=auto", "out-2"),
+        ("out already holds a run", "resume=auto", "without one it begins anew", "out-2"),
         ("run", "c.yaml"),
         {"out/run.json": "{}"},
     ),
@@ -240,6 +261,7 @@ CASES = {
 }
 
 ADAPT_CODE = """
+from typing import Literal
 from pydantic import model_validator
 from pegbox.hooks import hookimpl
 from pegbox.section import Section, setting
@@ -251,6 +273,7 @@ class Source(Section):
 class Adapt(Section):
     rank: int = setting(8, "Rank of the update.", ge=1)
     learning_rate: float = setting(1e-4, "Step size.")
+    kind: Literal["sigmoid", "hinge"] | dict[str, float] = setting("hinge", "One kind, or several with weights.")
     merge: bool = setting(False, "Merge at the end.")
     sources: tuple[Source, ...] = setting((), "Where rows come from.")
 
@@ -272,6 +295,9 @@ def market(site, whole: Path) -> Path:
     """A folder with a plugin that owns a whole run, and several installed plugins, some of them bad."""
     site.install("dist-adapt", plugins={"adapt": "adapt_code:Plugin"}, files={"adapt_code.py": ADAPT_CODE})
     site.plugin("mute")
+    site.plugin("reward")
+    for name in ("twoloss", "another"):
+        site.plugin(name, "@hookimpl\ndef build_loss(self, ctx):\n    return 1")
     for name in ("sgd", "muon"):
         site.plugin(name, "@hookimpl\ndef build_optimizer(self, ctx):\n    return 1")
     for number in (1, 2):
@@ -301,6 +327,7 @@ def test_a_mistake_ends_with_2_and_words_that_teach(market: Path, pegbox, case: 
     assert "Traceback" not in ended.err
     for part in case.says:
         assert part in ended.err
+    assert not [part for part in case.silent if part in ended.err]
     assert "runs" not in {path.name for path in market.iterdir()}, "nothing is made before the input is right"
 
 
@@ -324,6 +351,25 @@ def test_what_a_message_says_to_type_is_right(market: Path, pegbox) -> None:
     override = next(word for word in said.split() if word.startswith("output="))
     assert pegbox("run", "c.yaml", override.rstrip(".")).code == 0
     assert (market / "out-2/model").is_file()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        ("EOFError('cut off')", 1, ("Traceback", "EOFError: cut off", "in plugin 'whole'")),
+        ("KeyboardInterrupt", 130, ("Interrupted.", "resume=auto")),
+    ],
+)
+def test_what_typer_would_keep_silent_about_is_said(market: Path, error: str, code: int, says: tuple[str, ...]) -> None:
+    write(market, Case(HEAD + "plugins: [./whole.py]\n", ()))
+    hook = f"    @hookimpl\n    def load_processor(self):\n        raise {error}\n"
+    body = (market / "whole.py").read_text().replace('"load_processor", ', "")
+    (market / "whole.py").write_text(body.replace("class Plugin:\n", f"class Plugin:\n{hook}"))
+    command = [sys.executable, "-m", "pegbox", "run", "c.yaml"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == code, ended.stderr
+    assert [part for part in says if part not in ended.stderr] == []
+    assert ("Traceback" in ended.stderr) == (code == 1)
 
 
 # ---- rows, through the plugin that reads them ----

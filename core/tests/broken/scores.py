@@ -60,3 +60,9 @@ class NumberedName(SoundScores):
     def score_rollouts(self, rollouts: RolloutBatch) -> Sequence[Score]:
         self.calls += 1
         return [Score(name=f"sample/{self.calls}", values_R=tuple(self.values(rollouts)))]
+
+
+class SilentWithoutRollouts(SoundScores):
+    @hookimpl
+    def score_rollouts(self, rollouts: RolloutBatch) -> Sequence[Score]:
+        return super().score_rollouts(rollouts) if rollouts.rollouts else []

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pegbox.errors import ConfigError
+from pegbox.errors import ConfigError, did_you_mean
 
 from pegbox_attention.installed import absent
 from pegbox_attention.place import EVERY, GPUS, HALF, generation
@@ -245,6 +245,20 @@ def require(name: str, asked: Asked, place: Place | None, *, deterministic: bool
             f"attention.implementation is '{name}', which cannot serve here: {'; '.join(why)}",
             "It would fail later, or leave something out without a word.",
             f"Set attention.implementation to one that can: {', '.join(_able(asked, place, deterministic)) or 'none'}.",
+        )
+
+
+def require_known(name: str) -> None:
+    """Raise ConfigError if a name is neither one of ours, nor one of transformers, nor a kernel of the hub."""
+    from transformers import AttentionInterface
+
+    known = {*CAPABILITIES, *(key for key in AttentionInterface().valid_keys() if "|" not in key)}
+    if name not in known and "/" not in name:
+        raise ConfigError(
+            f"attention.implementation is '{name}', which neither this plugin nor transformers knows",
+            did_you_mean(name, known, "Known:"),
+            "Correct attention.implementation, or add the plugin that brings it; a kernel of the hub is written "
+            "owner/name.",
         )
 
 

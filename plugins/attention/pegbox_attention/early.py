@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pegbox import hooks
 from pegbox.types import ModelOptions, ModelRequest, ModulePatch
 
-from pegbox_attention.capabilities import Asked, asked_by, place_of, require, require_installed
+from pegbox_attention.capabilities import Asked, asked_by, place_of, require, require_installed, require_known
 from pegbox_attention.config import AttentionConfig
 from pegbox_attention.patching import OWN, hold_to_plain_attention, name_in_transformers, patches, register
 
@@ -26,6 +26,7 @@ def asked(ctx: Context) -> Asked:
 def require_model(ctx: Context, known: Asked) -> None:
     """Raise unless the implementation is installed and can serve the model, wherever it runs."""
     config = ctx.section(AttentionConfig)
+    require_known(config.implementation)
     require_installed(config.implementation)
     require(config.implementation, known, None, deterministic=config.deterministic)
 
@@ -36,6 +37,7 @@ def options(ctx: Context, known: Asked | None) -> ModelOptions:
     A plan has no device, and may be made where nothing is installed that the run will need.
     """
     config, runtime = ctx.section(AttentionConfig), vars(ctx).get("runtime")
+    require_known(config.implementation)
     known = known or asked(ctx)
     if runtime is not None:
         require_installed(config.implementation)

@@ -78,6 +78,7 @@ def test_what_can_serve(asked: dict[str, Any], place: Place | None, deterministi
         ("deepseek_v3", {"implementation": "pegbox"}, "has keys of another size than its values"),
         ("llama", {"implementation": "sdpa", "deterministic": True}, "does not give the same bits"),
         ("llama", {"implementation": "flash_attention_2", "deterministic": True}, "nothing is known about the bits"),
+        ("llama", {"implementation": "flash-attn-5"}, r"attention.implementation(.|\n)*Did you mean 'flash-attn-4'"),
     ],
 )
 def test_what_the_model_asks_is_looked_at_before_weights_are_read(
@@ -133,7 +134,9 @@ def test_other_names_go_to_transformers_as_they_are_and_are_shown_as_unproven(lo
 
 
 def test_a_name_that_nobody_knows_is_an_error(load: Load) -> None:
-    with pytest.raises(PegboxError, match="there is no attention 'flash_atention_2'"):
+    with pytest.raises(
+        PegboxError, match=r"attention.implementation is 'flash_atention_2'(.|\n)*Did you mean 'flash_attention_2'"
+    ):
         load("llama", "flash_atention_2", meta=True)
 
 

@@ -239,6 +239,11 @@ def test_datasets_of_llama_factory_keep_ranked_and_tagged_answers(
             "columns": {"messages": "messages", "kto_tag": "label"},
             "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
         },
+        "texts": {
+            "hf_hub_url": "a/t",
+            "ranking": True,
+            "columns": {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected"},
+        },
     }
     Path("data/dataset_info.json").write_text(json.dumps(info))
     pairs = written("model_name_or_path: m\nstage: dpo\ndataset: pairs\n", Path("a.yaml")).config["data"]["train"][0]
@@ -247,6 +252,9 @@ def test_datasets_of_llama_factory_keep_ranked_and_tagged_answers(
     assert pairs["options"]["roles"]["gpt"] == "assistant"
     votes = written("model_name_or_path: m\nstage: kto\ndataset: votes\n", Path("b.yaml")).config["data"]["train"][0]
     assert (votes["format"], votes["fields"]) == ("unpaired", {"completion": "messages", "prompt": ""})
+    texts = written("model_name_or_path: m\nstage: dpo\ndataset: texts\n", Path("c.yaml"))
+    assert texts.config["data"]["train"][0]["fields"] == {"prompt": "instruction", "query": "input"}
+    assert not texts.unsupported
 
 
 def test_an_online_run_counts_prompts_and_completions_where_the_other_counts_completions() -> None:
@@ -289,6 +297,19 @@ def test_an_online_run_keeps_objective_sampling_rewards_and_engine() -> None:
         "k1",
     )
     assert converted("axolotl-gdpo.yaml").config["grpo"]["multi_objective_aggregation"] == "normalize_then_sum"
+
+
+def test_a_function_in_a_file_is_no_reward_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("configs").mkdir()
+    Path("good.py").write_text("def vowels(completions, **columns):\n    return [0.0 for _ in completions]\n")
+    text = "model_name_or_path: m\ndataset_name: a/b\nreward_funcs: [./good.py:vowels, other.vowels, acme/judge]\n"
+    Path("a.yaml").write_text(text + "reward_weights: [1, 2, 3]\n")
+    config = convert_file(Path("a.yaml"), folder=Path("configs")).config
+    named = {"use": "other:vowels", "name": "other-vowels"}
+    assert config["reward-functions"]["functions"] == ["../good.py:vowels", named]
+    assert config["reward-model"]["models"] == [{"name": "acme/judge"}]
+    assert config["rewards"] == {"vowels": 1.0, "other-vowels": 2.0, "reward-model/judge": 3.0}
 
 
 def test_a_server_that_exists_is_reached_by_its_address(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pydantic import JsonValue, ValidationInfo, field_validator, model_validator
 from pegbox_data.conversation import Conversation, Wanted
 from pegbox_data.dialogue import rendered, tools_of, variables_of, with_system
 from pegbox_data.findings import Found
-from pegbox_data.formats import Rendered, Span
+from pegbox_data.formats import Rendered, Span, column
 from pegbox_data.messages import FIELDS, MessageReader, Said, parsed, shown
 from pegbox_data.template import Talk
 
@@ -34,6 +34,7 @@ IN_MESSAGES = {name: FIELDS[name] for name in ("role", "content", "reasoning", "
 ANSWER_FIELDS = {
     **IN_MESSAGES,
     **{name: FIELDS[name] for name in ("train_detail", "tools", "system", "template_kwargs")},
+    "query": "",
 }
 """Fields of messages, and of a row beside its prompt and answers."""
 BLANK = re.compile(r"\{(\w+)\}")
@@ -127,6 +128,21 @@ class Answering:
         raise DataError(
             f"'{name}' is {shown(value)}", "It must be a text or a list of messages.", f"Write {name} as text."
         )
+
+    def prompt(self, row: SourceRow, name: str) -> Any:
+        """What the column `name` of the prompt holds; a text of the field `query` follows it on a line of its own."""
+        asked, query = column(row, name, "prompt"), self.fields["query"]
+        further = column(row, query, "query") if query else None
+        if further is None or further == "":
+            return asked
+        texts = isinstance(asked, str) and isinstance(further, str)
+        if not texts or _messages_in(asked, self.fields["role"]) is not None:
+            raise DataError(
+                f"'{name}' and '{query}' are {shown(asked)} and {shown(further)}",
+                "A query follows the prompt as text: both must be texts.",
+                "Write both as texts, or leave query out of the fields.",
+            )
+        return f"{asked}\n{further}" if asked else further
 
     def with_answer(self, row: SourceRow, prompt: Side, answer: Side) -> Rendered:
         """A prompt and an answer, of which the answer is trained."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from pegbox.errors import DataError
+from pegbox.errors import ConfigError, DataError
 from pegbox.section import setting
 
 from pegbox_data.answering import ANSWER_FIELDS, Answering, AnswerOptions, Side
@@ -58,6 +58,12 @@ class PairReader:
     ) -> None:
         self._fields, self._answering, self._defaults = fields, answering, defaults
         self._ranked = layout == "nectar"
+        if self._ranked and fields["query"]:
+            raise ConfigError(
+                f"fields.query is '{fields['query']}', and the layout nectar has none",
+                "Its prompts are transcripts, which nothing follows as text.",
+                "Remove query from the entry's fields.",
+            )
         self._layout: Columns = PAIRS[layout] if layout is not None else {}
 
     def __call__(self, row: SourceRow) -> Pair:
@@ -88,9 +94,9 @@ class PairReader:
 
     def _prompt(self, row: SourceRow, name: str) -> Any:
         """The column of the prompt; rows may lack the one that nobody named."""
-        if not name or (name == self._defaults["prompt"] and row.get(name) is None):
+        if not self._fields["query"] and (not name or (name == self._defaults["prompt"] and row.get(name) is None)):
             return None
-        return column(row, name, "prompt")
+        return self._answering.prompt(row, name)
 
     def _of_texts(self, chosen: str, rejected: str) -> Pair:
         if self._answering.options.chat_template:

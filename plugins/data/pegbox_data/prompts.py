@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, ClassVar
 from pegbox.errors import DataError
 
 from pegbox_data.answering import ANSWER_FIELDS, Answering, PromptOptions
-from pegbox_data.formats import column
 
 if TYPE_CHECKING:
     from pegbox.types import Processor
@@ -34,7 +33,7 @@ class PromptsFormat:
         answering = Answering.of(fields, options, processor)
 
         def render(row: SourceRow) -> Rendered:
-            prompt = answering.side(column(row, fields["prompt"], "prompt"), fields["prompt"])
+            prompt = answering.side(answering.prompt(row, fields["prompt"]), fields["prompt"])
             if not prompt:
                 raise DataError(f"'{fields['prompt']}' is empty", "There is nothing to answer.", "Remove the row.")
             if not isinstance(prompt, str) and prompt[-1].message["role"] == "assistant":

@@ -92,8 +92,8 @@ def _sides(row: SourceRow, names: Mapping[str, str], default: str, answering: An
     """Prompt and answer of a row."""
     answer = answering.side(column(row, names["completion"], "completion"), names["completion"])
     name = names["prompt"]
-    if name and not (name == default and row.get(name) is None):
-        return answering.side(column(row, name, "prompt"), name), answer
+    if answering.fields["query"] or (name and not (name == default and row.get(name) is None)):
+        return answering.side(answering.prompt(row, name), name), answer
     if isinstance(answer, str):
         raise DataError("the row has no prompt", "A completion follows one.", "Name its column: fields: {prompt: ...}")
     asked = _asked(answer)

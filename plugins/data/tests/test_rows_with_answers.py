@@ -118,6 +118,34 @@ def test_messages_may_have_the_names_of_other_layouts(workspace, made):
     assert texts(workspace, best) == PAIR
 
 
+@pytest.mark.parametrize(("instruction", "further"), [("what is", "the answer?"), (Q, ""), (Q, None), ("", Q)], ids=str)
+def test_a_query_follows_the_prompt_on_a_line_of_its_own(instruction, further, workspace, made):
+    """As LLaMA-Factory joins the columns `prompt` and `query`: those that are empty are left out."""
+    asked = "\n".join(part for part in (instruction, further) if part)
+    names = {"prompt": "instruction", "query": "input"}
+    row = {"instruction": instruction, "input": further}
+    expected = [text.replace(Q, asked) for text in PAIR]
+    (pair,) = list(made({**row, "chosen": A, "rejected": B}, fields=names))
+    assert texts(workspace, pair) == expected
+    (one,) = list(made({**row, "completion": A, "label": True}, "unpaired", fields=names))
+    assert texts(workspace, one) == expected[:1]
+    (alone,) = list(made(row, "prompts", fields=names))
+    assert workspace.tokenizer.decode(alone.input_ids) == ASKED.replace(Q, asked)
+
+
+def test_a_query_that_cannot_follow_the_prompt_is_an_error(made):
+    fields = {"query": "input"}
+    answers = {"chosen": A, "rejected": B}
+    with pytest.raises(DataError, match="no field 'input'"):
+        made({"prompt": Q, **answers}, fields=fields)
+    with pytest.raises(DataError, match="both must be texts"):
+        made({"prompt": said(Q), "input": "more", **answers}, fields=fields)
+    with pytest.raises(DataError, match="both must be texts"):
+        made({"prompt": json.dumps(said(Q)), "input": "more", **answers}, fields=fields)
+    with pytest.raises(ConfigError, match="layout nectar has none"):
+        made({"prompt": Q, "answers": RANKED, "input": "more"}, fields=fields, options={"layout": "nectar"})
+
+
 def test_one_answer_that_goes_on_where_the_other_ends_keeps_its_turns(workspace, made):
     (example,) = list(made({"chosen": said(Q, A), "rejected": said(Q, A, "and?", B)}))
     chosen, rejected = texts(workspace, example)

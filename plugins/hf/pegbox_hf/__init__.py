@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from pegbox.types import ConfigSection, Item
 if TYPE_CHECKING:
     from pegbox.context import Context
     from pegbox.hooks import Stage
+    from pegbox.rows import Dataset
     from pegbox.types import ExportRequest, Model, ModelOptions, ModelRequest, ModulePatch, Processor
 
 FORMAT = "transformers"
@@ -39,6 +40,16 @@ class HfPlugin:
         from pegbox_hf.processor import load_processor
 
         return load_processor(ctx)
+
+    @hookimpl(wrapper=True)
+    def build_dataset(self, ctx: Context) -> Generator[None, Dataset | None, Dataset | None]:
+        """Compare rows with what the model reads, before its weights are loaded; pass them on."""
+        rows = yield
+        if rows is not None and ctx.purpose == "run" and ctx.config.run.model.format == FORMAT:
+            from pegbox_hf.context_length import refuse_longer
+
+            refuse_longer(ctx, rows)
+        return rows
 
     @hookimpl
     def configure_model(self, ctx: Context) -> ModelOptions:

@@ -12,6 +12,16 @@ from pegbox.types import Item
 Rule = Mapping[str, str | float | tuple[str, ...]]
 
 RULES: Mapping[str, Rule] = {
+    "kto-one-kind": {
+        "metric": "share/chosen",
+        "measure": "last",
+        "above": 0.999,
+        "below": 0.001,
+        "least": 5,
+        "says": "{value:.0%} of the answers are wanted: the other kind is missing",
+        "advice": "Give rows of both labels. If there are no others, train on the wanted ones with sft.",
+        "source": "without one kind nothing is told apart (arXiv:2402.01306, eq. 8)",
+    },
     "kto-margins-negative": {
         "metric": "rewards/margins",
         "measure": "last",

@@ -76,6 +76,7 @@ class KtoLoss:
         for side, of_D in (("chosen", (signs_D > 0).float()), ("rejected", (signs_D < 0).float())):
             figures.append(Term(name=f"rewards/{side}", total=(of_D * rewards_D).sum(), count=of_D.sum()))
             figures.append(Term(name=f"logps/{side}", total=(of_D * logps_D).sum(), count=of_D.sum()))
+        figures.append(Term(name="share/chosen", total=(signs_D > 0).float().sum(), count=documents))
         if ANSWERS in batch.extra:
             wanted, unwanted = batch.extra[ANSWERS].value.float()
             share = documents / (wanted + unwanted) * (wanted * unwanted > 0)

@@ -82,6 +82,11 @@ CASES = [
 ]
 
 
+def share_of_wanted(answers: list[Answer]) -> float:
+    """A figure that TRL does not log."""
+    return sum(answer.wanted for answer in answers) / len(answers)
+
+
 def of_fixed_logits(
     settings: dict[str, Any], answers: list[Answer], policy: FixedLogits, reference: FixedLogits
 ) -> Result:
@@ -130,6 +135,7 @@ def test_on_fixed_logits_the_gradient_of_each_logit_equals_trls(
     if "loss" not in settings:
         assert (figures["kl"] > 0) == diverged
     assert value == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    figures["share/chosen"] = share_of_wanted(answers)
     for name, figure in ours.items():
         assert figure == pytest.approx(figures[name], rel=1e-5, abs=1e-6), name
     assert policy.leaf_BTV is not None
@@ -150,6 +156,7 @@ def test_loss_figures_and_gradients_of_a_model_equal_trls(
     tiny = Tiny([example_of(answer) for answer in answers])
     source, model, _ = source_of(tmp_path / "run", tiny, kto=settings, micro_batch=3)
     made = value_and_gradient(KtoLoss(KtoConfig(**settings)), next(iter(source)), model)
+    figures["share/chosen"] = share_of_wanted(answers)
     assert_same(made, (expected, figures, [p.grad for p in theirs.model.parameters()]))
     assert made[1].keys() - figures.keys() == set()
     others = {"logits/chosen", "logits/rejected", "entropy", "num_tokens"}

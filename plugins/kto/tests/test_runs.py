@@ -81,6 +81,17 @@ def test_health_rules_look_at_figures_that_are_logged(tmp_path: Path) -> None:
     assert all(name.startswith("kto-") and item.target["source"] for name, item in rules.items())
 
 
+@pytest.mark.parametrize("kept", [1, -1, None])
+def test_a_run_with_one_kind_of_answers_breaks_a_rule(kept: int | None, tmp_path: Path) -> None:
+    answers = [example for example in TRAIN if kept is None or example.signs == (kept,)]
+    share = run(tmp_path / "run", Tiny(answers))["share/chosen"]
+    rules = composed(tmp_path / "rules", Tiny(TRAIN), ("given", "kto"), {}).items("health_rule")
+    rule: Any = rules["kto-one-kind"].target
+    assert rule["metric"] == "share/chosen"
+    assert share == pytest.approx(sum(example.signs == (1,) for example in answers) / len(answers))
+    assert (rule["below"] <= share <= rule["above"]) == (kept is None)
+
+
 def test_what_is_missing_or_out_of_order_stops_the_run_before_it_begins(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no plugin brings them"):
         execute(composed(tmp_path / "none", Tiny(TRAIN), ("kto",), {}))

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import TYPE_CHECKING
 
-from pegbox.events import Event, RunEnded
+from pegbox.events import CheckpointSaved, Event, RunEnded, RunFailed, RunStarted
 from pegbox.hooks import hookimpl
 from pegbox.types import ConfigSection
 
 if TYPE_CHECKING:
     from pegbox.context import Context
-    from pegbox.rows import BatchSource, Examples
-    from pegbox.types import CheckpointStore, Job, Model, Outcome, Runtime
+    from pegbox.rows import BatchSource, Dataset, Examples, Split
+    from pegbox.types import Checkpoint, CheckpointStore, Job, Model, Outcome, Runtime
 
     from pegbox_trainer.gradient_proof import GradientProof
     from pegbox_trainer.record import RunRecord
 
 
 class TrainerPlugin:
-    """Owns `build_runtime`, `place_model`, `build_batches`, `open_checkpoints` and `run_training`."""
+    """Owns `build_runtime`, `place_model`, `build_batches`, `open_checkpoints` and `run_training`; looks at rows."""
 
+    _latest: Checkpoint | None = None
     _record: RunRecord | None = None
     _proof: GradientProof | None = None
 
@@ -34,6 +36,16 @@ class TrainerPlugin:
         from pegbox_trainer.runtime import build_runtime
 
         return build_runtime(ctx)
+
+    @hookimpl(wrapper=True)
+    def build_dataset(self, ctx: Context, split: Split) -> Generator[None, Dataset | None, Dataset | None]:
+        """Say that there is nothing to evaluate on before a model is loaded; rows are passed on as they are."""
+        rows = yield
+        if rows is None and split == "eval" and ctx.purpose == "run":
+            from pegbox_trainer.config import TrainerConfig, refuse_evaluation
+
+            refuse_evaluation(ctx.section(TrainerConfig))
+        return rows
 
     @hookimpl
     def place_model(self, ctx: Context, model: Model) -> Model:
@@ -66,5 +78,14 @@ class TrainerPlugin:
         from pegbox_trainer.gradient_proof import gradient_proof
 
         self._proof = gradient_proof(ctx, event, self._proof)
-        if isinstance(event, RunEnded) and self._record is not None:
-            self._record.close(event.outcome)
+        match event:
+            case RunStarted():
+                self._latest = event.job.resume
+            case CheckpointSaved():
+                self._latest = event.checkpoint
+            case RunFailed() if self._latest is not None and ctx.runtime.rank == 0:
+                from pegbox_trainer.resuming import how_to_go_on
+
+                ctx.log.warning("%s", how_to_go_on(self._latest))
+            case RunEnded() if self._record is not None:
+                self._record.close(event.outcome)

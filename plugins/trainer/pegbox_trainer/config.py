@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
+from pegbox.errors import ConfigError
 from pegbox.section import Section, setting
 from pydantic import model_validator
 
@@ -139,3 +140,14 @@ class TrainerConfig(Section):
                 "both give the length of the run; remove one of them"
             )
         return self
+
+
+def refuse_evaluation(config: TrainerConfig) -> None:
+    """Raise ConfigError if evaluations are asked for: there are no held-out rows."""
+    asked = [name for name in ("eval_every", "evals_per_epoch", "eval_at_start") if getattr(config, name)]
+    if asked:
+        raise ConfigError(
+            f"trainer.{asked[0]} asks for evaluation, but there are no held-out rows",
+            "There is nothing to evaluate on.",
+            f"Name held-out rows in the data section, or remove trainer.{asked[0]}.",
+        )

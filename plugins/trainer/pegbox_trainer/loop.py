@@ -99,12 +99,6 @@ class TrainingLoop:
 
     def _begin(self) -> None:
         config = self.config
-        if self.job.eval is None and (config.eval_every or config.evals_per_epoch or config.eval_at_start):
-            raise ConfigError(
-                "trainer asks for evaluation (eval_every or eval_at_start), but there are no held-out rows",
-                "There is nothing to evaluate on.",
-                "Name held-out rows in the data section, or remove the setting.",
-            )
         if self._epoch() is None and (config.evals_per_epoch or config.saves_per_epoch):
             raise ConfigError(
                 "trainer.evals_per_epoch or saves_per_epoch is set, but the training rows are a stream",

@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 ACCURACIES = ("rewards/accuracies", "accuracy")
 """How methods of preferences call the share of answers that are told apart; lines begin with what says most."""
+GROUPS = ("rewards/", "logps/")
+"""Figures with a slash in their name that the line of an evaluation shows; `metrics.jsonl` has the others."""
 Style = Literal["auto", "bar", "lines", "none"]
 
 
@@ -59,7 +61,8 @@ class RunProgress:
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         """An evaluation ended."""
-        self.note(f"step {self._of(step)}  " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+        shown = (name for name in metrics if "/" not in name or any(group in name for group in GROUPS))
+        self.note(f"step {self._of(step)}  " + "  ".join(f"{name} {metrics[name]:.4f}" for name in shown))
 
     def note(self, text: str) -> None:
         """Print a line, above the bar if there is one."""

@@ -17,6 +17,7 @@ from pegbox.errors import ConfigError
 
 if TYPE_CHECKING:
     from pegbox.context import Context
+    from pegbox.types import Checkpoint
 
 FREE = (
     *("output", "resume", "paths_from", "plugins.*", "data.cache", "data.workers", "hf.cache"),
@@ -83,3 +84,11 @@ def _other_plugins(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterato
 def _acting(plan: Mapping[str, Any]) -> set[str]:
     jobs = [job for job in plan["hooks"] if job["hook"] not in ("register_config", "register_items", "on_event")]
     return {name for job in jobs for name in (*job["plugins"], *job["wrappers"])}
+
+
+def how_to_go_on(checkpoint: Checkpoint) -> str:
+    """What a run that fails after a checkpoint leaves to go on from, and what to type."""
+    return (
+        f"the run failed; its checkpoint of step {checkpoint.step:,} is complete ({checkpoint.path}). Correct what the "
+        "error names and go on from there: the same command with resume=auto"
+    )

@@ -252,10 +252,20 @@ def test_figures_beside_the_loss_are_logged_over_their_counts(config: Any, tmp_p
     assert records(tmp_path / "run", "eval")[-1]["eval_rows"] == 3.5
 
 
-def test_evaluation_without_held_out_rows_is_an_error(config: Any) -> None:
-    for setting in ({"eval_every": 2}, {"eval_at_start": True}):
-        with pytest.raises(ConfigError, match="there are no held-out rows"):
-            run(config(output=f"run-{next(iter(setting))}", max_steps=2, **setting))
+def test_evaluation_without_held_out_rows_is_an_error_before_the_model_is_loaded(config: Any) -> None:
+    class Watching:
+        loaded = False
+
+        @hookimpl(wrapper=True)
+        def load_model(self) -> Any:
+            self.loaded = True
+            return (yield)
+
+    for setting in ({"eval_every": 2}, {"eval_at_start": True}, {"epochs": 1, "evals_per_epoch": 1, "max_steps": None}):
+        watching, keys = Watching(), {"max_steps": 2, **setting}
+        with pytest.raises(ConfigError, match=r"trainer\.eval\w+ asks for evaluation, but there are no held-out rows"):
+            run(config(output=f"run-{next(iter(setting))}", plugins=["watching"], **keys), watching=watching)
+        assert not watching.loaded
 
 
 @pytest.mark.parametrize(
@@ -356,3 +366,12 @@ def test_lines_of_preferences_say_how_many_answers_are_told_apart(name: str, cap
     lines = capsys.readouterr().out.splitlines()
     assert "loss 0.5000  accuracy 0.75  grad norm" in lines[0]
     assert "accuracy" not in lines[1]
+
+
+def test_the_line_of_an_evaluation_leaves_details_to_the_metrics_file(capsys: pytest.CaptureFixture) -> None:
+    from pegbox_trainer.progress import RunProgress
+
+    figures = {"eval_reward": 0.5, "eval_rewards/exact/mean": 0.5, "eval_completions/min_length": 3.0, "eval_loss": 0.1}
+    with RunProgress("lines", 4, shown=True) as progress:
+        progress.evaluated(4, figures)
+    assert capsys.readouterr().out == "step 4/4  eval_reward 0.5000  eval_rewards/exact/mean 0.5000  eval_loss 0.1000\n"

@@ -224,3 +224,28 @@ def test_what_only_watches_and_how_a_step_is_split_may_change(config: Any, tmp_p
         w=Watch(),
     )
     assert checkpoint(tmp_path / "run", 4).is_dir()
+
+
+def test_a_failure_after_a_checkpoint_says_how_to_go_on(
+    config: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing:
+        at = 1
+
+        @hookimpl
+        def on_event(self, event: Any) -> None:
+            if type(event).__name__ == "Stepped" and event.step == self.at:
+                raise RunError("it broke", "A test breaks it.", "Nothing.")
+
+    failing, keys = Failing(), {"max_steps": 6, "save_every": 2, "plugins": ["failing"]}
+    with pytest.raises(RunError, match="it broke"):
+        run(config(**keys), failing=failing)
+    assert "resume=auto" not in caplog.text
+    for failing.at, complete in ((5, 4), (5, 4), (6, 4)):
+        caplog.clear()
+        with pytest.raises(RunError, match="it broke"):
+            run(config(resume="auto", **keys), failing=failing)
+        assert f"checkpoint of step {complete} is complete ({checkpoint(tmp_path / 'run', complete)})" in caplog.text
+        assert "resume=auto" in caplog.text
+    failing.at = 0
+    assert run(config(resume="auto", **keys), failing=failing).step == 6

@@ -62,7 +62,7 @@ def follow_the_order(scorer: Scorer, rollouts: RolloutBatch) -> None:
 
 
 def have_names_of_their_own(scorer: Scorer, rollouts: RolloutBatch, plugin: str, *, named_by_config: bool) -> None:
-    """Names are unique, the same at each call, and begin with the plugin's name unless the config gives them."""
+    """Names are unique, constant (with no completions too), begin with the plugin's unless the config gives them."""
     names = [score.name for score in scorer(rollouts)]
     again = [score.name for score in scorer(rollouts)]
     require(
@@ -70,6 +70,13 @@ def have_names_of_their_own(scorer: Scorer, rollouts: RolloutBatch, plugin: str,
         f"the scores are named {names}, and {again} at the next call",
         "The config weighs rewards by name, and metrics are logged under it.",
         "Give each score one constant name.",
+    )
+    alone = [score.name for score in scorer(replace(rollouts, rollouts=()))]
+    require(
+        alone == names,
+        f"the scores are named {names}, and {alone} when there is no completion",
+        "Before the first rollout a run asks who gives which reward, to find a mistyped name.",
+        "Return Score(name=..., values_R=()) for no completions.",
     )
     foreign = [
         name for name in names if name != plugin and not name.startswith((f"{plugin}/", f"{plugin}-", f"{plugin}."))

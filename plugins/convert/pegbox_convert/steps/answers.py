@@ -66,7 +66,7 @@ def registered(c: Conversion, key: str, entry: Entry, about: Entry) -> Entry:
             str(tags[tag]): role for tag, role in roles.items() if tag in tags and tags[tag] != role
         }
     else:
-        usual |= {"prompt": "prompt", "response": "completion"}
+        usual |= {"prompt": "prompt", "query": "query", "response": "completion"}
         fields = {}
         columns.setdefault("prompt", "instruction")
     fields |= {usual[there]: str(column) for there, column in columns.items() if there in usual}

@@ -54,7 +54,7 @@ def online(c: Conversion) -> None:
 
 def batch(c: Conversion, micro: int, accumulation: int) -> None:
     """`trainer.batch` counts prompts of a generation, `trainer.micro_batch` completions."""
-    samples, per_step = c.get("num_generations", "whole"), micro * accumulation
+    samples, per_step = c.get("num_generations", "positive_whole"), micro * accumulation
     whole, parts = c.get("generation_batch_size", "whole"), c.get("steps_per_generation", "whole")
     updates = whole // per_step if whole else parts // accumulation if parts else 1
     updates = max(updates, 1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Any
 
 from pegbox_convert.conversion import Conversion
+from pegbox_convert.places import place
 from pegbox_convert.values import names, quiet
 
 Entry = dict[str, Any]
@@ -30,6 +32,8 @@ def rewards(c: Conversion) -> None:
     for one in [] if quiet(listed) else names(listed):
         if c.table.name == "oumi" and "." not in one and "/" not in one:
             c.later("reward_funcs", f"{one}{REGISTRY}")
+        elif ".py:" in one:
+            scores.append(_of_file(functions, one, scores, c))
         elif "/" in one or ("." not in one and one not in (*OF_TRL, OVERLONG["name"])):
             scores.append(_model(models, one))
         else:
@@ -54,13 +58,20 @@ def _function(functions: list[str | Entry], written: str, taken: list[str]) -> s
         functions.append(OVERLONG)
         return written
     module, _, name = (f"trl.rewards.{written}" if written in OF_TRL else written).replace(":", ".").rpartition(".")
-    if name not in taken:
-        functions.append(f"{module}:{name}")
-        return name
-    # Two modules have a function of this name.
-    again = f"{module.replace('.', '-')}-{name}"
-    functions.append({"use": f"{module}:{name}", "name": again})
-    return again
+    return _named(functions, f"{module}:{name}", f"{module.replace('.', '-')}-{name}", taken)
+
+
+def _of_file(functions: list[str | Entry], written: str, taken: list[str], c: Conversion) -> str:
+    """One function of a file, `./rewards.py:right`, and the name of its score."""
+    file, _, name = written.rpartition(":")
+    return _named(functions, f"{place(file, c.folder)}:{name}", f"{PurePath(file).stem}-{name}", taken)
+
+
+def _named(functions: list[str | Entry], use: str, longer: str, taken: list[str]) -> str:
+    """A function is named as it is, or by a longer name if another one has this name already."""
+    name = use.rpartition(":")[2]
+    functions.append(use if name not in taken else {"use": use, "name": longer})
+    return name if name not in taken else longer
 
 
 def _model(models: list[Entry], name: str) -> str:
