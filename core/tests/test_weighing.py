@@ -110,5 +110,5 @@ def test_a_weight_without_a_loss_or_a_loss_without_a_weight_is_refused(weights) 
 
 
 def test_without_weights_two_losses_are_still_refused_and_the_key_is_named() -> None:
-    with pytest.raises(PluginError, match=r"2 plugins own build_loss(.|\n)*the key `loss` weighs several"):
+    with pytest.raises(PluginError, match=r"2 plugins own build_loss(.|\n)*unless the config weighs them"):
         composed({})

@@ -212,7 +212,7 @@ CASES = {
         silent=("`loss`",),
     ),
     "two-losses": Case(
-        HEAD + "plugins: [twoloss, another]\n", ("2 plugins own build_loss", "the key `loss` weighs several")
+        HEAD + "plugins: [twoloss, another]\n", ("2 plugins own build_loss", "unless the config weighs them")
     ),
     "plugin-of-a-name-that-is-not-near": Case(
         HEAD + "plugins: [wandb]\n", ("'wandb' is not installed", "Installed:", "reward"), silent=("Did you mean",)
