@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -125,7 +126,12 @@ def command_line(pid: int) -> str:
 
 
 def server_of(base: Path, *, guarded: bool = False) -> int:
-    """The process of the one server of a model, or its guard."""
-    found = processes(f"--model {base} --served-model-name")
-    (pid,) = [pid for pid in found if ("guard.py" in command_line(pid)) is guarded]
-    return pid
+    """The process of the one server of a model, or its guard; one that begins has no command line for a moment."""
+    limit = time.monotonic() + 10
+    while True:
+        found = processes(f"--model {base} --served-model-name")
+        pids = [pid for pid in found if ("guard.py" in command_line(pid)) is guarded]
+        if pids or time.monotonic() > limit:
+            (pid,) = pids
+            return pid
+        time.sleep(0.05)

@@ -16,7 +16,7 @@ from pegbox.errors import ConfigError, RunError
 from pegbox_rollout_vllm.worker import pegbox_broadcast
 from rollout_runs import OWN, StartedRun, processes, server_of
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 Start = Callable[..., StartedRun]
 CLOSE = 1e-4
 WAY = {"transfer": "broadcast", "request_timeout_s": 20.0}

@@ -17,7 +17,7 @@ import pytest
 from pegbox.errors import RunError
 from rollout_runs import OWN, StartedRun, processes, server_of
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 Start = Callable[..., StartedRun]
 
 

@@ -13,7 +13,7 @@ from meddling import Proxy
 from pegbox.errors import ConfigError, RunError
 from rollout_runs import StartedRun
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 Start = Callable[..., StartedRun]
 LOAD, RELOAD = "/v1/load_lora_adapter", "/collective_rpc"
 

@@ -28,7 +28,7 @@ EXPERTS, TOKENS = 6, 3
 PROMPTS = ([4, 9, 6, 11, 5], [7, 8])
 PREFIX = "base_model.model.model.layers.{}.{}.experts"
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 
 @dataclass(frozen=True)

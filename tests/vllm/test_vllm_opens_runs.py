@@ -25,7 +25,7 @@ ROWS = (
     ("Name a fruit.", "An apple, captain."),
 )
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

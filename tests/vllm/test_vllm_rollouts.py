@@ -10,7 +10,7 @@ import torch
 from pegbox.errors import RunError
 from rollout_runs import PROMPTS, StartedRun
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 Start = Callable[..., StartedRun]
 CLOSE = 1e-4
 

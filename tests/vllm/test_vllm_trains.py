@@ -13,7 +13,7 @@ from meddling import Proxy
 from pegbox.errors import RunError
 from rollout_runs import OWN, server_of
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 
 def test_a_run_learns_from_completions_of_vllm(undisturbed: list[float]) -> None:
