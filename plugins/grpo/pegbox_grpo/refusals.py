@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pegbox import hooks
@@ -97,6 +97,10 @@ def refuse_lengths(model: Model, rows: Dataset, config: GrpoConfig) -> None:
     limit = getattr(text_config, "max_position_embeddings", None)
     if limit is None or isinstance(rows, ExampleStream):
         return
+    # Rotary scaling stretches the positions of pretraining, and leaves what the config says of them as it was.
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    for one in [inner for inner in rope.values() if isinstance(inner, Mapping)] or [rope]:
+        limit = max(limit, int((one.get("original_max_position_embeddings") or limit) * (one.get("factor") or 1)))
     known = getattr(rows, "lengths", None)
     longest = max((len(rows[at].input_ids) for at in range(len(rows))) if known is None else map(int, known), default=0)
     if longest + config.max_completion_length > limit:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import environment_of_tests
@@ -12,6 +13,8 @@ from pegbox.errors import ConfigError, PegboxError, RunError
 from pegbox.hooks import hookimpl
 from pegbox.plan import compose
 from pegbox.types import Item
+from pegbox_grpo.config import GrpoConfig
+from pegbox_grpo.refusals import refuse_lengths
 from tiny_rl import Plugin, config_of, records, run
 
 
@@ -97,6 +100,16 @@ def test_completions_that_the_model_cannot_read_are_refused(tmp_path: Path) -> N
     """The model of the tests reads 2,048 tokens, and its longest prompt has 5."""
     with pytest.raises(ConfigError, match=r"(?s)the longest prompt has 5 tokens.*reads 2,048.*to 2,043 or less"):
         run(config_of(tmp_path / "run", grpo={"max_completion_length": 2044}))
+
+
+def test_a_model_with_scaled_positions_reads_as_many_as_it_was_stretched_to() -> None:
+    rope = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 2048}
+    text = SimpleNamespace(max_position_embeddings=2048, rope_parameters=rope)
+    model: Any = SimpleNamespace(name="m", module=SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text)))
+    rows: Any = [SimpleNamespace(input_ids=[1] * 5)]
+    refuse_lengths(model, rows, GrpoConfig(max_completion_length=4091))
+    with pytest.raises(ConfigError, match=r"reads 4,096(.|\n)*to 4,091 or less"):
+        refuse_lengths(model, rows, GrpoConfig(max_completion_length=4092))
 
 
 def test_a_scorer_that_says_nothing_is_named(tmp_path: Path) -> None:
